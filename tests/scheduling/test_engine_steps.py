@@ -192,6 +192,67 @@ def test_a_restarted_engine_is_judged_by_its_new_signal():
     assert predicted_s(state, 100, 1.5) == pytest.approx(0.041)
 
 
+def test_a_restarted_engine_without_a_model_yet_is_judged_by_its_new_signal():
+    state = rank()
+    state.observe(signal(waiting=9000, busy_s=1.0), 1.0)
+    state.observe(EngineSignal(step=1, step_tokens=STEP_TOKENS), 1.5)
+    assert predicted_s(state, 100, 1.5) == pytest.approx(0.041)
+
+
+def test_a_rank_without_a_model_is_followed_by_that_of_its_engine():
+    steps = EngineSteps()
+    busy, idle = rank(0, steps), rank(1, steps)
+    busy.observe(signal(), 1.0)
+    idle.observe(EngineSignal(waiting_prefill_tokens=5000, step_tokens=STEP_TOKENS), 1.0)
+    assert predicted_s(idle, 100, 1.0) == pytest.approx(6 * 0.04 + 0.051)
+    idle.observe(EngineSignal(step_tokens=STEP_TOKENS), 1.1)
+    assert predicted_s(idle, 100, 1.1) == pytest.approx(0.041)
+
+
+def test_what_waited_before_any_rank_had_a_model_counts_when_one_has():
+    steps = EngineSteps()
+    full, other = rank(0, steps), rank(1, steps)
+    full.observe(EngineSignal(waiting_prefill_tokens=5000, step_tokens=STEP_TOKENS), 1.0)
+    other.observe(signal(), 1.05)
+    assert predicted_s(full, 100, 1.1) == pytest.approx(6 * 0.04 + 0.051)
+
+
+@pytest.mark.parametrize("older", [signal(prompt=None), EngineSignal()])
+def test_an_older_agent_in_the_place_of_a_newer_one_ends_what_was_followed(older):
+    state = rank()
+    state.observe(signal(waiting=9000, busy_s=1.0), 1.0)
+    state.observe(older, 1.1)
+    assert predicted_s(state, 100, 1.2) == state.ttft_model(LINE, 1.2, STALE_AFTER_S).first_token_s(100)
+    state.observe(signal(waiting=9000), 1.3)
+    assert predicted_s(state, 100, 1.3) == pytest.approx(10 * 0.04 + 0.091)
+
+
+def test_a_signal_of_an_idle_engine_ends_the_steps_that_were_predicted():
+    state = rank()
+    state.observe(signal(running=800, scheduled=800, busy_s=1.0), 1.0)
+    state.sent("r", 400, 1.4)
+    state.observe(signal(), 1.3)
+    # The request met an idle engine, and runs since.
+    assert predicted_s(state, 100, 1.42) == pytest.approx(0.044 - 0.02 + 0.041)
+
+
+def test_a_request_without_tokens_is_no_end_of_a_step():
+    state = rank()
+    state.observe(signal(), 0.9)
+    state.sent("r", 0, 1.02)
+    state.steps.step_ended(1.1)
+    state.observe(signal(waiting=2500, busy_s=0.05), 1.0)
+    assert state.wait_s(LINE, 1.1, STALE_AFTER_S) == pytest.approx(0.05 + 0.04 + 0.015)
+
+
+@pytest.mark.parametrize("now_s", [1.0, 9.0])
+def test_without_a_model_of_its_own_an_engine_makes_steps_of_the_size_that_it_says(now_s):
+    state = rank()
+    state.observe(EngineSignal(step_tokens=8192), 1.0)
+    assert predicted_s(state, 8192, now_s) == pytest.approx(0.01 + 2e-5 * 8192)
+    assert predicted_s(state, 8193, now_s) == pytest.approx(0.02 + 2e-5 * 8193)
+
+
 @pytest.mark.parametrize("busy_s", [math.nan, math.inf, -1.0])
 def test_a_time_that_is_none_is_bounded(busy_s):
     state = rank()

@@ -169,5 +169,10 @@ def test_work_that_is_no_number_is_never_little(base_s):
     assert (first.name, last.name) == ("b", "a")
 
 
+def test_fewer_requests_than_none_are_none():
+    step_time = StepTime(base_s=1.0, prefill_s=0.5, decode_s=1.0)
+    assert work_left_s(EngineSignal(running=-1, waiting_prefill_tokens=4, step_time=step_time)) == 2.0
+
+
 def test_no_engines_have_no_order():
     assert order_victims([]) == ()

@@ -96,16 +96,17 @@ def test_the_speed_lies_between_the_slowest_and_the_fastest_step(steps):
 
 
 @pytest.mark.parametrize(
-    ("step_time", "expected"),
+    ("step_time", "step_tokens", "expected"),
     [
-        (None, None),
-        (StepTime(base_s=0.0, prefill_s=0.0, decode_s=0.1), None),
-        (StepTime(base_s=0.0, prefill_s=1e-4, decode_s=0.1), 10_000),
-        (StepTime(base_s=0.1024, prefill_s=0.0, decode_s=0.0), 20_000),
+        (None, 2048, None),
+        (StepTime(base_s=0.0, prefill_s=0.0, decode_s=0.1), 2048, None),
+        (StepTime(base_s=0.0, prefill_s=1e-4, decode_s=0.1), 2048, 10_000),
+        (StepTime(base_s=0.1024, prefill_s=0.0, decode_s=0.0), 2048, 20_000),
+        (StepTime(base_s=0.1, prefill_s=0.0, decode_s=0.0, prefill_base_s=0.0024), 8192, 80_000),
     ],
 )
-def test_a_step_time_model_has_the_speed_of_its_full_step(step_time, expected):
-    found = speed_of(step_time)
+def test_a_step_time_model_has_the_speed_of_its_full_step(step_time, step_tokens, expected):
+    found = speed_of(step_time, step_tokens)
     assert found == (None if expected is None else pytest.approx(expected))
 
 

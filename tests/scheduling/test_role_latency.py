@@ -84,8 +84,17 @@ def test_nothing_waits_where_the_load_is_not_known(values):
     assert find_prefill_wait_s(observe(**{"requests_per_s": 10.0, **values}), GROWTH) == 0.0
 
 
-def test_a_fleet_that_is_full_without_prefill_engines_lets_prompts_wait():
-    assert find_prefill_wait_s(observe(requests_per_s=150.0), GROWTH) == math.inf
+@pytest.mark.parametrize("requests_per_s", [90.0, 150.0, 1e4])
+def test_a_fleet_that_is_full_without_prefill_engines_lets_prompts_wait_as_at_the_load_that_it_can_serve(
+    requests_per_s,
+):
+    most_s = max(find_prefill_wait_s(observe(requests_per_s=rate), GROWTH) for rate in (79.0, 80.0, 81.0))
+    assert find_prefill_wait_s(observe(requests_per_s=requests_per_s), GROWTH) == pytest.approx(most_s, rel=0.05)
+
+
+def test_where_no_load_can_be_served_no_prompt_waits():
+    slow = StepTime(base_s=100.0, prefill_s=1.0, decode_s=1.0)
+    assert find_prefill_wait_s(observe(step_time=slow, requests_per_s=10.0), GROWTH) == 0.0
 
 
 def test_prefill_engines_that_lengthen_ttft_beyond_the_growth_do_not_count():
@@ -125,7 +134,7 @@ def test_predictions_are_never_negative_nor_nan(step_time, rate, prompt, answer,
     assert inter_token_s >= 0.0
     assert (ttft_s == math.inf) is (inter_token_s == math.inf)
     assert predict_cost_s(load, prefilling, GROWTH) >= 0.0
-    assert find_prefill_wait_s(load, GROWTH) >= 0.0
+    assert 0.0 <= find_prefill_wait_s(load, GROWTH) < math.inf
 
 
 @given(STEP_TIMES, st.floats(0.01, 100), st.floats(1, 20_000), st.floats(0, 2000), st.integers(1, 8))

@@ -57,6 +57,9 @@ def test_the_backlog_of_an_engine_is_that_of_its_busiest_rank(ranks, expected):
         ([rank(decoding=20)], 0.010, 0.0),
         ([rank(decoding=20)], 0.005, 0.0),
         ([rank(decoding=20, step_time=StepTime(base_s=math.nan, prefill_s=0.0, decode_s=0.0005))], 0.03, None),
+        ([rank(decoding=20, step_time=replace(STEP, decode_s=-1.0))], 0.03, None),
+        ([rank(decoding=20, step_time=replace(STEP, decode_root_s=1e200))], 0.03, None),
+        ([rank(decoding=20, step_time=replace(STEP, decode_root_s=math.nan))], 0.03, None),
     ],
 )
 def test_the_load_is_the_part_of_the_requests_that_a_step_has_time_for(ranks, inter_token_s, expected):

@@ -48,6 +48,26 @@ def test_each_step_time_model_and_each_signal_has_its_own_ttft_model():
     assert predicted_s(slower) == pytest.approx(0.11)
 
 
+@pytest.mark.parametrize(
+    ("ahead", "own", "expected_s"),
+    [(0, 0, 0.0), (0, 100, 0.06), (0, 1000, 0.15), (0, 1001, 0.2001), (900, 100, 0.01), (900, 101, 0.0601)],
+)
+def test_a_prompt_adds_its_tokens_and_the_steps_that_only_it_needs(ahead, own, expected_s):
+    its = new_state()
+    assert its.added_prefill_s(own, 1.0, STALE_AFTER_S) == 0.0
+    model = StepTime(base_s=0.01, prefill_s=0.0001, decode_s=0.001, prefill_base_s=0.05)
+    its.observe(EngineSignal(step_time=model, step_tokens=1000, waiting_prefill_tokens=ahead), 1.0)
+    assert its.added_prefill_s(own, 1.0, STALE_AFTER_S) == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize(
+    ("prefill_tokens", "requests", "expected_s"), [(0, 0, 1.0), (0, 4, 49.0), (1, 0, 10_101.0), (2, 4, 10_249.0)]
+)
+def test_a_step_has_all_terms_of_its_model(prefill_tokens, requests, expected_s):
+    model = StepTime(base_s=1.0, prefill_s=100.0, decode_s=10.0, decode_root_s=4.0, prefill_base_s=10_000.0)
+    assert model.step_s(prefill_tokens, requests) == expected_s
+
+
 def test_the_oldest_unanswered_request_is_the_first_that_waits():
     its = new_state()
     assert its.oldest_unanswered_s is None

@@ -220,7 +220,7 @@ class Dispatcher:
         return not any(state.accepting for state in self.open_targets() if state.target.server not in servers)
 
     def _hold(self, waiter: Waiter, now_s: float) -> Held | Rejection:
-        self._queue.take_speed(self._targets.step_time_model)
+        self._queue.take_speed(self._targets.first_modelled)
         if self._queue.push(waiter, now_s):
             return HELD
         return Rejection.QUEUE_FULL_SATURATED if self.accepting else Rejection.QUEUE_FULL_NO_ENGINE
@@ -437,7 +437,8 @@ class Dispatcher:
         """
         if self.discovers and not self.accepting:
             return _clamp_s(self.hold_timeout_s - (self.held_since_s(now_s) or 0.0))
-        model = self._targets.step_time_model
+        first = self._targets.first_modelled
+        model = None if first is None else first.step_time_model
         return _clamp_s(self._queue.size_tokens * model.prefill_s / len(self._targets.ordered)) if model else 1
 
     # For readers.

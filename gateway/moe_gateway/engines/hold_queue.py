@@ -10,10 +10,10 @@ from typing import Protocol
 
 from moe_scheduling.engine.attempts import RequestAttempts
 from moe_scheduling.engine.choice import Job, Send
+from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.request.order import RequestSettings
 from moe_scheduling.request.prefill_speed import speed_of
 from moe_scheduling.request.waiting_queue import WaitingQueue
-from moe_scheduling.signals import StepTime
 
 
 class Rejection(Enum):
@@ -79,9 +79,10 @@ class HoldQueue:
         """Orders held and later requests by other settings."""
         self._queue.reorder(settings)
 
-    def take_speed(self, step_time: StepTime | None) -> None:
-        """Orders by the prefill speed of an engine with this step-time model; None: it is not known."""
-        self._queue.take_speed(speed_of(step_time))
+    def take_speed(self, engine: TargetState | None) -> None:
+        """Orders by the prefill speed of an engine, by its step-time model; None: it is not known."""
+        if engine is not None:
+            self._queue.take_speed(speed_of(engine.step_time_model, engine.step_tokens))
 
     def charge(self, tenant: str, tokens: int) -> None:
         """Counts prompt tokens that a tenant's request took from an engine against the tenant's later requests."""

@@ -14,7 +14,7 @@ from moe_scheduling.engine.target_list import TargetList
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.engine.traffic_share import TrafficShare
 from moe_scheduling.engine.ttft_calibration import TtftCalibration
-from moe_scheduling.signals import EngineSignal, StepTime, Target
+from moe_scheduling.signals import EngineSignal, Target
 
 from moe_gateway.engines.fleet import Engine
 from moe_gateway.request_stats import PredictionStats
@@ -88,9 +88,9 @@ class TargetStates:
         return sum(state.in_flight for state in (*self.ordered, *self._departed))
 
     @property
-    def step_time_model(self) -> StepTime | None:
-        """The step-time model of the first target that has one."""
-        return next((state.step_time_model for state in self.ordered if state.step_time_model is not None), None)
+    def first_modelled(self) -> TargetState | None:
+        """The first target whose step-time model is known."""
+        return next((state for state in self.ordered if state.step_time_model is not None), None)
 
     # Which targets there are.
 

@@ -7,9 +7,9 @@ each request sent adds its tokens to those that wait, and each end of a step tak
 One `EngineSteps` for an engine, shared by the `TargetState`s of its ranks, which step together: a request waits for the
 scheduled steps of all of them, whichever rank it goes to. Pure; all times are arguments on one monotonic clock.
 
-Invariants: no count is below 0; the tokens that wait on a rank are at most those of its signal and those sent since; an
-older signal, or one without a step-time model, changes nothing here; calls are O(ranks), a signal O(the requests
-sent since it).
+Invariants: no count is below 0; the tokens that wait on a rank are at most those of its signal and those sent since;
+what was counted for an engine does not outlive its next signals, whoever wrote them; calls are O(ranks), a signal
+O(the requests sent since it).
 """
 
 import math
@@ -25,6 +25,8 @@ _REMEMBERED = 32
 _OWN_STEPS = 1000
 # The answers of one step come one after the other; after this part of the least time of a step it is the next one's.
 _SAME_STEP = 0.25
+# In place of the tokens of a request: the end of a step, before requests of the same time.
+_END = -1
 _TERMS = tuple(field.name for field in fields(StepTime))
 
 
@@ -80,8 +82,8 @@ class EngineSteps:
         fleet: the models of the other engines; None: it is judged by its own alone.
 
     Attributes:
-        step_time: what its steps are predicted with, from the newest signal that has a model; None: nothing here is
-            known, and no prediction uses it.
+        step_time: what its steps are predicted with, from the newest signal that has a model; None: none of them had
+            one, or the newest says less than is needed, and no prediction uses what is here.
         prompt_step_s: seconds of a step with prompt tokens, apart from them, with the present decoding requests.
         step_tokens: tokens that a step of a rank holds at most.
         ends_s: when the scheduled steps end.
@@ -116,20 +118,25 @@ class EngineSteps:
             observed_s: when.
             sent: time and tokens of the requests sent there since, in order.
         """
-        if signal.step_time is None or not signal.step_tokens:
+        if not signal.step_tokens:
+            # Of an older agent, or a plain server's metrics: what waits there cannot be followed.
+            self.step_time = None
             return
-        self.step_time = self._fleet.blend(self, signal.step_time, signal.step)
+        if signal.step_time is not None:
+            # A rank without a model, which has done little yet, is followed by that of the others.
+            self.step_time = self._fleet.blend(self, signal.step_time, signal.step)
         self.step_tokens = signal.step_tokens
         left = signal.waiting_prefill_tokens + signal.running_prefill_tokens - signal.scheduled_prefill_tokens
         rank.unscheduled_tokens, rank.decoding = max(0, left), signal.decode_tokens
         rank.ends_s = observed_s + signal.busy_s
+        self._gather()
         # The signal of the end of a step is written before the next one is scheduled.
-        events = [(at_s, 0) for at_s in self._ended_s if at_s >= observed_s]
+        events = [(at_s, _END) for at_s in self._ended_s if at_s >= observed_s]
         for at_s, tokens in sorted([*events, *sent]) if events else sent:
-            if tokens:
-                self._send(rank, tokens, at_s)
-            else:
+            if tokens == _END:
                 self._schedule(rank, at_s)
+            else:
+                self._send(rank, tokens, at_s)
         self._gather()
 
     def sent(self, rank: RankSteps, tokens: int, now_s: float) -> None:

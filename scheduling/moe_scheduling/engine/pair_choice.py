@@ -105,7 +105,7 @@ class PairContext(NamedTuple):
         peers: by server, a text that is equal for servers between which KV blocks can travel; a server that is absent
             takes part in no pair. None: they can travel between any two.
         prefill_wait_s: predicted wait up to which an engine with the role `PREFILL` is in time for every prompt: what
-            the plan of the roles allows (`fleet/roles.py`).
+            the plan of the roles allows (`fleet/role_latency.py`).
         saturation_s: predicted wait at which a target is saturated; a request is held while all are that may compute
             its prompt. None: it never is.
     """
@@ -436,7 +436,9 @@ def _within_growth(
         # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
         if (wait_s := prefill.get(pair.prefill)) is None:
             return pair.prediction.ttft_s <= latest_s
-        return pair.prediction.prefill_s <= latest_s or wait_s <= context.prefill_wait_s
+        # Where prompts wait as the plan allows, the present wait is left out; not what is cached elsewhere alone.
+        counted_s = wait_s if wait_s <= context.prefill_wait_s else 0.0
+        return pair.prediction.prefill_s - counted_s <= latest_s
 
     return [*(pair for pair in pairs if is_soon(pair)), *wholes]
 

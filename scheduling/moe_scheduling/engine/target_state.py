@@ -245,7 +245,8 @@ class TargetState:
         """
         step_time, signal = self.step_time_model or fleet_default, self._signal
         if signal is None or not self.is_fresh(now_s, stale_after_s):
-            return build_unsignalled_ttft_model(step_time, len(self._answered)).times(self._ttft_factor)
+            model = build_unsignalled_ttft_model(step_time, len(self._answered), self.step_tokens)
+            return model.times(self._ttft_factor)
         if step_time is not self._ttft_model_step_time:
             self._ttft_model_step_time = step_time
             self._ttft_model = build_ttft_model(step_time, signal).times(self._ttft_factor)

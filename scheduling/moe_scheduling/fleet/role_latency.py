@@ -15,13 +15,15 @@ its length, and is computed with those that came in that step too.
 A prompt goes to a prefill engine while it is computed there in time, as the choice for each request has it; its answer
 begins a transfer and one and a half steps later.
 
-On step times of a measured GPU this came within 5 to 28 % of simulated TTFT and 4 to 35 % of the time between tokens
-(docs/simulator.md). Invariants: pure; all results are at least 0, and infinite where the engines are full.
+On step times of a measured GPU this came within 28 % of simulated TTFT and 35 % of the time between tokens
+(docs/adr/0053-a-step-has-a-least-time-with-prompts-and-answers-share-experts.md).
+
+Invariants: pure; all results are at least 0, and infinite where the engines are full; a wait is finite.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_scheduling.engine.disaggregation import EngineRole
@@ -120,7 +122,8 @@ def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> flo
     """Returns the seconds that a prompt may wait at a prefill engine; 0 where nothing is known of the load.
 
     With them a prompt of mean length is computed within `1 + ttft_growth` times the predicted TTFT of the fleet without
-    prefill engines.
+    prefill engines. Where that fleet would be full it is that TTFT at the greatest load that it can serve, for a queue
+    may not grow without bound.
 
     Args:
         observation: the load.
@@ -130,7 +133,23 @@ def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> flo
     if model is None or not observation.servers or not observation.requests_per_s:
         return 0.0
     own_s = model.base_s + model.prefill_base_s + model.prefill_s * observation.prompt_tokens
-    return max(0.0, (1.0 + ttft_growth) * _predict(observation, 0, 0.0).whole_s - own_s)
+    return max(0.0, (1.0 + ttft_growth) * _find_whole_s(observation) - own_s)
+
+
+def _find_whole_s(observation: RoleObservation) -> float:
+    """Returns the predicted TTFT without prefill engines at this load, or at the greatest one that is served; or 0."""
+    whole_s = _predict(observation, 0, 0.0).whole_s
+    if whole_s < math.inf:
+        return whole_s
+    least, most, whole_s = 0.0, 1.0, 0.0
+    for _ in range(_ROUNDS_OF_PART):
+        part = (least + most) / 2
+        found_s = _predict(replace(observation, requests_per_s=part * observation.requests_per_s), 0, 0.0).whole_s
+        if found_s < math.inf:
+            least, whole_s = part, found_s
+        else:
+            most = part
+    return whole_s
 
 
 def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:

@@ -51,8 +51,11 @@ def _load(rank: EngineSignal, inter_token_s: float) -> float | None:
     if left_s <= 0.0:
         return 0.0
     # One over the root of the number of requests n with each_s * n + root_s * sqrt(n) = left_s.
-    per_root = (root_s + math.sqrt(root_s**2 + 4.0 * each_s * left_s)) / (2.0 * left_s)
-    return rank.decode_tokens * per_root**2
+    under_s = root_s * root_s + 4.0 * each_s * left_s
+    if not under_s >= 0.0:
+        return None
+    per_root = (root_s + math.sqrt(under_s)) / (2.0 * left_s)
+    return rank.decode_tokens * per_root * per_root
 
 
 def _worst(values: Sequence[float | None]) -> float | None:

@@ -73,9 +73,9 @@ def work_left_s(rank: EngineSignal) -> float:
     Steps count once for each request, although requests decode together, because a drain has to wait for requests.
     """
     step_time = rank.step_time or DEFAULT_STEP_TIME
-    requests = max(rank.running, rank.decode_tokens) + rank.waiting
+    requests = max(0, max(rank.running, rank.decode_tokens) + rank.waiting)
     prefill_tokens = rank.waiting_prefill_tokens + rank.running_prefill_tokens
-    if requests <= 0 and prefill_tokens <= 0:
+    if not requests and prefill_tokens <= 0:
         return 0.0
     work_s = prefill_tokens * step_time.prefill_s
     work_s += requests * TOKENS_LEFT * step_time.decode_step_s(requests)

@@ -19,8 +19,6 @@ from moe_scheduling.signals import StepTime
 # first steps are served nearly by arrival, where it is too little, they count with the measured speed as soon as there
 # is one.
 UNMEASURED_TOKENS_PER_S = 16_000.0
-# Prompt tokens of a full step, for an engine of which the step-time model alone is known.
-_FULL_STEP_TOKENS = 2048
 # Bounds of what a step is; their products are finite and not 0.
 _MOST_TOKENS = 2**31
 _SHORTEST_STEP_S, _LONGEST_STEP_S = 1e-6, 3600.0
@@ -79,12 +77,17 @@ class PrefillSpeed:
         self._right = self._keep * self._right + tokens * step_s
 
 
-def speed_of(step_time: StepTime | None) -> float | None:
-    """Returns the prompt tokens a second of full steps without answers; None where the model is not known, or empty."""
+def speed_of(step_time: StepTime | None, step_tokens: int) -> float | None:
+    """Returns the prompt tokens a second of full steps without answers; None where the model is not known, or empty.
+
+    Args:
+        step_time: of the engine.
+        step_tokens: tokens that a step of it holds at most.
+    """
     if step_time is None:
         return None
-    step_s = step_time.base_s + step_time.prefill_base_s + step_time.prefill_s * _FULL_STEP_TOKENS
-    return _FULL_STEP_TOKENS / step_s if step_s > 0.0 else None
+    step_s = step_time.base_s + step_time.prefill_base_s + step_time.prefill_s * step_tokens
+    return step_tokens / step_s if step_s > 0.0 else None
 
 
 class SpeedHistory:

@@ -5,6 +5,7 @@ import json
 import tracemalloc
 from array import array
 
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,6 +121,11 @@ def test_another_engine_gets_the_tokens_so_far_and_the_limits_that_are_left(rout
 def test_a_limit_that_is_not_known_or_used_up_leaves_no_prefix():
     assert build_prefix_body(Route.CHAT, GREEDY, IDS, SO_FAR, None) is None
     assert build_prefix_body(Route.COMPLETIONS, GREEDY | {"max_tokens": 2}, IDS, SO_FAR, None) is None
+
+
+def test_a_field_of_the_client_that_is_nested_deeply_is_not_written_again():
+    document = orjson.loads(b'{"max_tokens": 9, "session_id": %b%b}' % (b"[" * 600, b"]" * 600))
+    assert build_prefix_body(Route.COMPLETIONS, document, IDS, SO_FAR, None) is None
 
 
 def transcript(*chunks, stops=(), includes_stop=False):

@@ -7,6 +7,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moe_gateway.continuation import probabilities
 from moe_gateway.http.routes import Route
 from moe_gateway.request.stream_events import split_chunks
 
@@ -232,3 +233,47 @@ def test_what_has_no_known_form_passes_and_does_not_go_on(choice):
     event = event_of({"id": "x", "choices": [{"index": 0, "finish_reason": None, **choice}]})
     assert event in stream.read(SSE_HEAD + chunk(event), has_begun=True)
     assert not stream.can_go_on
+
+
+def chunk_of(delta, **fields):
+    row = {"id": "x-1", "choices": [{"index": 0, "delta": delta, "finish_reason": None, **fields}]}
+    return chunk(b"data: %b\n\n" % json.dumps(row).encode())
+
+
+def resumed_chat():
+    stream = make_stream(Route.CHAT, body_of(Route.CHAT))
+    stream.start()
+    stream.read(SSE_HEAD + chunk_of({"content": "a"}), has_begun=True)
+    stream.prepare(None)
+    stream.start()
+    stream.read(SSE_HEAD, has_begun=True)
+    return stream
+
+
+UNKNOWN_CALLS = [[{"index": 0, "type": "function"}], {"a": 1}, ["x"], [{"index": 0, "function": {"name": 3}}]]
+
+
+@pytest.mark.parametrize("calls", UNKNOWN_CALLS)
+def test_calls_of_another_form_pass_behind_the_seam_alone(calls):
+    stream = resumed_chat()
+    assert stream.read(chunk_of({"content": "ab", "tool_calls": calls}), has_begun=True) == b""
+    assert stream.failure is not None
+    stream = resumed_chat()
+    assert b'"content":"b"' in stream.read(chunk_of({"content": "ab"}), has_begun=True)
+    for delta in ({"tool_calls": calls}, {"refusal": "no"}, {"content": "c", "tool_calls": calls}):
+        [row] = events(split_chunks(stream.read(chunk_of(delta), has_begun=True))[0])
+        assert row["choices"][0]["delta"] == delta
+    assert (stream.failure, stream.can_go_on) == (None, False)
+
+
+def test_tokens_without_text_are_not_remembered_without_end(monkeypatch):
+    monkeypatch.setattr(probabilities, "MOST_TOKENS", 10)
+    stream = make_stream(Route.CHAT, body_of(Route.CHAT, logprobs=True))
+    stream.start()
+    stream.read(SSE_HEAD + chunk_of({"content": "a"}), has_begun=True)
+    for _ in range(10):
+        assert stream.can_go_on
+        stream.read(chunk_of({"content": ""}, logprobs={"content": [{"token": ""}]}), has_begun=True)
+    stream.read(chunk_of({"content": ""}, logprobs={"content": [{"token": ""}]}), has_begun=True)
+    assert not stream.can_go_on
+    assert stream._scored._tokens == []

@@ -248,6 +248,55 @@ async def test_a_stream_of_unknown_events_is_what_it_is_without_continuation(mak
     assert served.gateway.stats.failed == 0
 
 
+def begun_message(rows):
+    stream = stream_of(Route.MESSAGES, body_of(Route.MESSAGES))
+    stream.start()
+    return stream, stream.read(SSE_HEAD + b"".join(map(chunk, rows)), has_begun=True)
+
+
+UNKNOWN, END = named({"type": "unknown"}), b"0\r\n\r\n"
+REFUSED = named({"type": "error", "error": {"type": "invalid_request_error", "message": "no", "code": 400}})
+
+
+@pytest.mark.parametrize(
+    ("known", "behind"),
+    [(False, b""), (False, chunk(b"data: [DONE]\n\n")), (True, chunk(REFUSED))],
+    ids=["end", "done", "error of the client"],
+)
+def test_the_end_of_a_block_passes_where_nothing_may_show_that_it_was_cut_off(known, behind):
+    rows = list(Speaking(parts=PARTS[1:2]).events(MESSAGES, {}))[:-2]
+    assert b"content_block_stop" in rows[-1]
+    if not known:
+        rows.insert(1, UNKNOWN)
+    stream, out = begun_message(rows)
+    assert rows[-1] not in out
+    out += stream.read(behind + END, has_begun=True)
+    assert split_chunks(out.removeprefix(SSE_HEAD)) == (b"".join(rows) + split_chunks(behind)[0], END)
+    assert stream.failure is None
+
+
+def test_ends_of_blocks_are_not_held_without_end():
+    rows = list(Speaking(parts=PARTS[1:2]).events(MESSAGES, {}))[:-2]
+    stream, out = begun_message([*rows, *rows[-1:] * 100])
+    assert 90 < out.count(rows[-1]) <= 101
+    assert stream.failure is None
+
+
+def test_a_field_that_is_nested_deeply_is_no_exception():
+    """orjson reads more levels than it writes."""
+    deep = b'{"z": %b%b,' % (b"[" * 600, b"]" * 600)
+    for route in PATHS:
+        rows = list(Speaking(parts=PARTS).events(PATHS[route], {}))
+        stream = stream_of(route, body_of(route))
+        stream.start()
+        stream.read(SSE_HEAD + b"".join(map(chunk, rows[:8])), has_begun=True)
+        stream.prepare(None)
+        stream.start()
+        again = [row.replace(b"{", deep, 1) for row in rows]
+        assert stream.read(SSE_HEAD + b"".join(map(chunk, again)), has_begun=True) == b""
+        assert stream.failure is not None
+
+
 # The seam, without sockets.
 
 

@@ -173,7 +173,7 @@ async def test_requests_for_a_model_that_is_not_there_are_no_silent_ones(make_en
         snapshot = await events.next("snapshot")
         assert (snapshot["requests"], snapshot["failed"], snapshot["refused"]) == (3, 0, 3)
         (found,) = [row for row in snapshot["findings"] if row["kind"] == "refused_requests"]
-        assert found["message"] == "3 of 3 requests since the gateway's start refused, most with 404."
+        assert found["message"] == "3 of 3 requests since the gateway's start were refused, most with 404."
         assert f"Served here: {', '.join(snapshot['models'])}" in found["advice"]
 
 

@@ -290,11 +290,11 @@ def test_failed_requests_are_counted_and_the_worst_comes_first():
 @pytest.mark.parametrize(
     ("requests", "refused", "status", "words"),
     [
-        (72, 72, 404, ("72 of 72 requests since", "most with 404", "model", "a, b")),
+        (72, 72, 404, ("72 of 72 requests since", "were refused", "most with 404", "path", "model", "a, b")),
         (10, 6, 401, ("6 of 10", "401", "key")),
         (10, 6, 429, ("6 of 10", "429", "quota")),
         (10, 6, 400, ("6 of 10", "400", "text of the answer says")),
-        (1, 1, 404, ("1 of 1 request since",)),
+        (1, 1, 404, ("1 of 1 request since", "was refused")),
     ],
 )
 def test_requests_that_are_mostly_refused_are_a_finding_with_the_likely_cause(requests, refused, status, words):

@@ -53,6 +53,7 @@ def resources(**parts: Any) -> Document:
 
 
 SLEEP = {"lifecycle": {"preStop": {"sleep": {"seconds": 60}}}}
+AT_ITS_END = {"preStop": {"$patch": "replace", "exec": {"command": ["a"]}}}
 PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 # Each with the beginning of what is said, below `spec.engine.podTemplate.spec`.
@@ -110,6 +111,8 @@ REFUSED: list[tuple[Document, str]] = [
     ({"spec": {"volumes": [{"name": "a.b", "emptyDir": {}}]}}, "volumes[0].name: at most 63 small letters, digits and"),
     ({"spec": {"priorityClassName": "High"}}, "priorityClassName: the name of an object is needed, got 'High'"),
     ({"spec": {"hostAliases": [{"ip": "hub"}]}}, "hostAliases[0].ip: an IP address is needed, got 'hub'"),
+    ({"spec": {"hostAliases": [{"ip": "1.2.3"}]}}, "hostAliases[0].ip: an IP address is needed, got '1.2.3'"),
+    ({"spec": {"terminationGracePeriodSeconds": -1}}, "terminationGracePeriodSeconds: -1 is shorter than the pause"),
     # Fields that exclude each other, or need each other.
     (volume(emptyDir={}, hostPath={"path": "/a"}), "volumes[0]: emptyDir and hostPath exclude each other"),
     (
@@ -217,4 +220,11 @@ TAKEN: list[Document] = [
     {"spec": {"dnsPolicy": "None", "dnsConfig": {"nameservers": ["fd00::1"]}}},
     {"spec": {"securityContext": {"runAsUser": 2**31 - 1, "sysctls": [{"name": "net.a", "value": ""}]}}},
     {"spec": {"hostname": "a", "priorityClassName": "a.b", "restartPolicy": "Always"}},
+    {"spec": {"terminationGracePeriodSeconds": -1, **engine(lifecycle=AT_ITS_END)["spec"]}},
+    resources(requests={"kubernetes.io/batch-cpu": "1500m", "a.kubernetes.io/b": "2"}),
+    resources(requests={"kubernetes.io/batch-cpu": "2"}, limits={"kubernetes.io/batch-cpu": "3"}),
+    {"spec": {"hostAliases": [{"ip": "10.00.0.010"}, {"ip": "0.0.0.0"}, {"ip": "::ffff:1.2.3.4"}]}},
+    {"spec": {"dnsConfig": {"nameservers": ["10.0.0.01", "fd00::0001"]}}},
+    {"spec": {"securityContext": {"seccompProfile": {"type": "Localhost", "localhostProfile": ""}}}},
+    {"spec": {"hostNetwork": True, **side("initContainers", ports=[{"containerPort": 1, "hostPort": 2}])["spec"]}},
 ]

@@ -86,7 +86,9 @@ class ChunkStream(Continuation):
         if chunk.finish_reason == "abort" and self._has_token:
             self.failure = ABORTED
             return b""
-        return self._take_again(chunk) if self._is_resumed else self._take_first(chunk, event)
+        if not self._is_resumed:
+            return self._take_first(chunk, event)
+        return self._take_again(chunk) if chunk.is_traceable else self._take_unknown(chunk)
 
     def _take_first(self, chunk: Chunk, event: bytes) -> bytes:
         """A chunk of the first engine."""
@@ -135,6 +137,17 @@ class ChunkStream(Continuation):
         strip_tokens(chunk, keeps_answer=self._shows_tokens)
         return write_chunk(chunk.document)
 
+    def _take_unknown(self, chunk: Chunk) -> bytes:
+        """A chunk of another engine with something that cannot be compared; it passes where the client has the rest."""
+        if self._is_finished:
+            return b""
+        if self._is_behind:
+            return self._differ()
+        self.is_resuming, self._expected = False, None
+        self._note(chunk, is_single=False)
+        strip_tokens(chunk, keeps_answer=self._shows_tokens)
+        return write_chunk(chunk.document)
+
     @property
     def _is_behind(self) -> bool:
         """Whether the present engine has yet to compute a part of what the client has."""
@@ -148,6 +161,10 @@ class ChunkStream(Continuation):
         elif not self._transcript.is_lost:
             self._transcript.add(chunk.pieces, chunk.tokens, is_single=is_single)
             self._scored.add(chunk.scored)
+            if self._scored.is_too_long:
+                self._transcript.forget()
+        if self._transcript.is_lost:
+            self._scored.forget()
         self._has_token = self._has_token or bool(chunk.tokens) or any(piece.text for piece in chunk.pieces)
         self._is_finished = self._is_finished or chunk.finish_reason is not None
         self._has_usage = self._has_usage or chunk.has_usage

@@ -12,6 +12,8 @@ from moe_gateway.continuation.transcript import Piece
 from moe_gateway.http.routes import Route
 
 DONE = b"data: [DONE]\n\n"
+# orjson reads 1024 levels and writes 254; the rest is for the fields that are added.
+MOST_BRACKETS = 250
 _TEXT_FIELDS = ("reasoning", "reasoning_content", "content")
 # Fields of a delta whose text is not remembered.
 _NONE = array("I")
@@ -57,10 +59,12 @@ def read_data(event: bytes) -> bytes:
 
 
 def load_chunk(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in an event; None where there is none."""
+    """The JSON object in an event; None where there is none, or one that is nested too deeply to be written again."""
     try:
         document = orjson.loads(data)
-    except orjson.JSONDecodeError:
+        if data.count(b"[") + data.count(b"{") > MOST_BRACKETS:
+            orjson.dumps(document)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return None
     return document if type(document) is dict else None
 

@@ -18,10 +18,13 @@ from moe_gateway.continuation.response_events import ResponseEvents
 from moe_gateway.continuation.stream import ABORTED, Continuation
 from moe_gateway.continuation.transcript import MARK, Mismatch, Piece
 from moe_gateway.continuation.ways import Way
+from moe_gateway.http.replies import frame_chunk
 from moe_gateway.http.routes import Route
 from moe_gateway.request.context import ClientRequest
 
 _NONE = array("I")
+# vLLM ends a block with two events; what goes beyond is none of its own.
+MOST_HELD = 8
 
 
 class Dialect(Protocol):
@@ -92,16 +95,30 @@ class EventStream(Continuation):
     def _take_data(self, event: bytes, data: bytes) -> bytes:
         document = load_chunk(data)
         if document is None:
-            return self._take_unknown(event, data)
+            taken = self._take_unknown(event, data)
+            return self._release() + taken if taken else b""
         dialect = self._dialect
-        if dialect.closes(document):
+        if dialect.closes(document) and len(self._held) < MOST_HELD:
             self._held.append((event, document))
             return b""
-        held, self._held = self._held, []
         if self._has_token and dialect.is_cut_off(document):
             self.failure = ABORTED
             return b""
-        return b"".join([self._take_document(*row) for row in (*held, (event, document))])
+        return self._release() + self._take_document(event, document)
+
+    def _release(self) -> bytes:
+        """What the client gets of the events that were held."""
+        held, self._held = self._held, []
+        return b"".join([self._take_document(*row) for row in held])
+
+    def _take_error(self, event: bytes, status: int) -> bytes:
+        taken = super()._take_error(event, status)
+        return self._release() + taken if taken else b""
+
+    def _take_end(self, *, is_complete: bool) -> bytes:
+        end = super()._take_end(is_complete=is_complete)
+        held = self._release() if end else b""
+        return frame_chunk(held) + end if held else end
 
     def _take_document(self, event: bytes, document: dict[str, Any]) -> bytes:
         if self.failure is not None:
@@ -117,7 +134,7 @@ class EventStream(Continuation):
     def _take_unknown(self, event: bytes, data: bytes) -> bytes:
         """An event that engines cannot be compared by; some servers end all streams alike."""
         if data == b"[DONE]":
-            return event if self.is_whole else b""
+            return event if self.is_whole or self._is_only_passed_on else b""
         self._transcript.forget()
         return self._differ() if self._is_resumed else event
 

@@ -5,6 +5,8 @@ They may differ between engines in their last bits, so they are compared by the 
 
 from typing import Any
 
+from moe_gateway.continuation.transcript import MOST_TOKENS
+
 # Fields of a completion's log-probabilities, each a list with an entry for each token.
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -55,6 +57,11 @@ class KnownTokens:
     def begin_again(self) -> None:
         """Another engine begins with the first one."""
         self._again = 0
+
+    @property
+    def is_too_long(self) -> bool:
+        """Whether there are too many to be remembered; tokens without text are no part of a transcript."""
+        return len(self._tokens) > MOST_TOKENS
 
     @property
     def is_past(self) -> bool:

@@ -38,7 +38,7 @@ def build_prefix_body(
         max_model_len: longest sequence of the model; None where it is not known.
 
     Returns:
-        None where the number of tokens that are left is not known, or none are.
+        None where the number of tokens that are left is not known, or none are, or a field is nested too deeply.
     """
     left = _tokens_left(route, document, len(prompt), len(tokens), max_model_len)
     if left is None or left <= 0:
@@ -46,9 +46,11 @@ def build_prefix_body(
     fields = {name: value for name, value in document.items() if name in SAMPLING and value is not None}
     min_tokens = max(0, (document.get("min_tokens") or 0) - len(tokens))
     ids = prompt.tolist() + tokens.tolist()
-    return orjson.dumps(
-        {**fields, "prompt": ids, "max_tokens": left, "min_tokens": min_tokens, "return_token_ids": True}
-    )
+    counted = {"prompt": ids, "max_tokens": left, "min_tokens": min_tokens, "return_token_ids": True}
+    try:
+        return orjson.dumps({**fields, **counted})
+    except orjson.JSONEncodeError:
+        return None
 
 
 def is_limited(route: Route, document: Mapping[str, Any]) -> bool:

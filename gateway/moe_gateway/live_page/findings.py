@@ -205,7 +205,7 @@ def _find_errors(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
 _REFUSALS = {
     401: "Is the key right? `gateway.auth` has the known ones.",
     403: "Is the key right? `gateway.auth` has the known ones.",
-    404: "Is the name of the model right? Served here: {}.",
+    404: "Are the path and the name of the model right? Served here: {}.",
     429: "A quota of the tenant, or the hold queue, is full: `Retry-After` says when to come again.",
 }
 
@@ -215,7 +215,8 @@ def _find_refusals(snapshot: LiveSnapshot) -> Iterator[PageFinding]:
     requests, refused = snapshot.requests, snapshot.refused
     if 2 * refused > requests:
         noun = "request" if requests == 1 else "requests"
-        said = f"{refused} of {requests} {noun} since the gateway's start refused"
+        were = "was" if refused == 1 else "were"
+        said = f"{refused} of {requests} {noun} since the gateway's start {were} refused"
         message = f"{said}, most with {snapshot.refused_status}."
         advice = _REFUSALS.get(snapshot.refused_status, "The text of the answer says why.")
         advice = advice.format(", ".join(snapshot.models[:_SHOWN_NAMES]))

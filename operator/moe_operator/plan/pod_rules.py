@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from ipaddress import ip_address
-from itertools import chain
 from typing import Any
 
 from moe_contract.input_errors import InputError, render_choices, unknown_choice
@@ -33,7 +32,6 @@ _RANGES: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "HTTPGetAction": {"port": _PORT},
     "KeyToPath": {"mode": _MODE},
     "PodSecurityContext": dict.fromkeys(("fsGroup", "runAsGroup", "runAsUser"), _ID),
-    "PodSpec": {"terminationGracePeriodSeconds": _COUNT},
     "PreferredSchedulingTerm": {"weight": _WEIGHT},
     "Probe": {
         **dict.fromkeys(
@@ -92,6 +90,8 @@ _DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-
 _LABELS, _DOMAINS = ("hostname", "subdomain"), ("priorityClassName", "runtimeClassName", "serviceAccountName")
 _PORT_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
 _NATIVE = ("cpu", "memory", "ephemeral-storage")
+_OWN_DOMAIN = "kubernetes.io/"
+_LEADING_ZEROS = re.compile(r"(?<![0-9a-fA-F:])0+(?=[0-9])")
 _EXPONENT = re.compile(r"(?P<number>[+-]?[0-9.]+)(?P<suffix>[a-zA-Z]*)")
 _FACTORS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _BINARY = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
@@ -206,7 +206,7 @@ def _requirement(now: Document) -> Iterator[Mistake]:
 def _profile(now: Document) -> Iterator[Mistake]:
     """The rules of a profile of seccomp or AppArmor."""
     is_local, given = now.get("type") == "Localhost", now.get("localhostProfile")
-    if is_local and not given:
+    if is_local and given is None:
         yield "", "localhostProfile is needed for the type Localhost"
     if given and not is_local:
         yield ".localhostProfile", "goes with the type Localhost alone"
@@ -223,7 +223,7 @@ def _privileges(now: Document) -> Iterator[Mistake]:
 
 
 def _amounts(now: Document) -> Iterator[Mistake]:
-    """Requests beside limits; what is not shared, such as GPUs, has both alike."""
+    """Requests beside limits; what is not shared, such as GPUs, has both alike. Kubernetes' own names are shared."""
     requests, limits = (now.get(part) or {} for part in ("requests", "limits"))
     for part, rows in (("requests", requests), ("limits", limits)):
         for name, value in rows.items():
@@ -232,16 +232,20 @@ def _amounts(now: Document) -> Iterator[Mistake]:
                 yield f".{part}.{name}", f"an amount of 0 or more is needed, got {value}"
             elif "/" not in name and name not in _NATIVE and not name.startswith("hugepages-"):
                 yield f".{part}.{name}", f"unknown resource; known: {', '.join(_NATIVE)}, and those of a domain"
-            elif "/" in name and amount is not None and amount != amount.to_integral_value():
+            elif not _is_shared(name) and "/" in name and amount is not None and amount != amount.to_integral_value():
                 yield f".{part}.{name}", f"a whole number is needed, got {value}"
     for name, value in requests.items():
         request, limit = _amount(value), _amount(limits.get(name))
-        is_shared = name in _NATIVE
+        is_shared = _is_shared(name)
         if not is_shared and name not in limits:
             yield f".requests.{name}", "a limit of the same amount is needed"
         elif request is not None and limit is not None and (request > limit or (not is_shared and request != limit)):
             relation = "at most" if is_shared else "as much as"
             yield f".requests.{name}", f"{value} is not {relation} its limit, {limits[name]}"
+
+
+def _is_shared(name: str) -> bool:
+    return name in _NATIVE or ("/" in name and _OWN_DOMAIN in name)
 
 
 def _amount(value: Any) -> Decimal | None:
@@ -274,10 +278,10 @@ def _port_name(now: Document) -> Iterator[Mistake]:
 
 
 def _address(now: Document) -> Iterator[Mistake]:
-    """Of a host's alias, and of DNS servers."""
+    """Of a host's alias, and of DNS servers; there numbers of IPv4 may have leading zeros."""
     for place, text in ((".ip", now.get("ip")), *((".nameservers", row) for row in now.get("nameservers") or ())):
         try:
-            ip_address(text or "0.0.0.0")
+            ip_address(_LEADING_ZEROS.sub("", text or "0.0.0.0"))
         except ValueError:
             yield place, f"an IP address is needed, got {text!r:.80}"
 
@@ -305,15 +309,15 @@ def _pod(now: Document) -> Iterator[Mistake]:
     grace_s = now.get("terminationGracePeriodSeconds", 30)
     for row in now.get("containers") or ():
         handler = (row.get("lifecycle") or {}).get("preStop") or {}
-        pause_s = (handler.get("sleep") or {}).get("seconds") or 0
-        if isinstance(grace_s, int) and pause_s > grace_s:
+        pause_s = (handler.get("sleep") or {}).get("seconds")
+        if isinstance(grace_s, int) and pause_s is not None and pause_s > grace_s:
             message = f"{grace_s} is shorter than the pause of {pause_s} s before the end of {row.get('name')}"
             yield ".terminationGracePeriodSeconds", message
     for row in (row for row in now.get("initContainers") or () if row.get("restartPolicy") != "Always"):
         if part := next((name for name in (*_PROBES, "lifecycle") if row.get(name) is not None), None):
             yield ".initContainers", f"{part} of {row.get('name')} needs the restartPolicy Always"
     if now.get("hostNetwork"):
-        yield from _host_ports(chain(now.get("containers") or (), now.get("initContainers") or ()))
+        yield from _host_ports(now.get("containers") or ())
 
 
 def _host_ports(containers: Iterable[Document]) -> Iterator[Mistake]:

@@ -183,11 +183,9 @@ def test_the_plan_of_the_roles_says_how_long_a_prompt_may_wait_at_a_prefill_engi
 
 @pytest.mark.parametrize("prefill_wait_s", [0.0, 1.0, math.inf])
 def test_a_prompt_that_is_cached_elsewhere_is_not_computed_again_for_much_longer(prefill_wait_s):
-    """Nothing waits at the prefill engine, but it would compute sixteen times the tokens."""
-    states = [engine(A), engine(B, decode=60)]
     context = CONTEXT._replace(roles={"a": EngineRole.PREFILL}, prefill_wait_s=prefill_wait_s)
-    assert places(choose(states, Job(8000, {B: 7500}), context)) == ("b", "b")
-    assert places(choose(states, Job(8000, {A: 7500, B: 7500}), context)) == ("a", "b")
+    for cached, expected in (({B: 7500}, ("b", "b")), ({A: 7500, B: 7500}, ("a", "b"))):
+        assert places(choose([engine(A), engine(B, decode=60)], Job(8000, cached), context)) == expected
 
 
 def test_prompts_that_leave_when_they_are_computed_wait_for_no_other():

@@ -24,15 +24,10 @@ def feed(fit: StepTimeFit, steps: int, *, seed: int = 1, noise: float = 0.0, fac
         fit.observe(prefill_tokens=prefill, decoding_requests=decode, step_s=step_s)
 
 
-def predicted_s(fit: StepTimeFit, prefill: int, decode: int) -> float:
-    line = fit.line
-    return line.decode_step_s(decode) + (line.prefill_base_s + line.prefill_s * prefill if prefill else 0.0)
-
-
 def assert_near(fit: StepTimeFit, rel: float, factor: float = 1.0) -> None:
     assert fit.line is not None
     for prefill, decode in ((0, 1), (0, 32), (0, 64), (500, 0), (2048, 16)):
-        assert predicted_s(fit, prefill, decode) == pytest.approx(true_s(prefill, decode, factor), rel=rel)
+        assert fit.line.step_s(prefill, decode) == pytest.approx(true_s(prefill, decode, factor), rel=rel)
 
 
 def test_no_line_before_enough_steps():
@@ -64,7 +59,7 @@ def test_steps_with_prompts_may_have_a_least_time_and_many_answers_may_share_the
     assert fit.line.prefill_base_s == pytest.approx(0.015, rel=0.01)
     assert fit.line.decode_root_s == pytest.approx(0.001, rel=0.01)
     for prefill, decode in ((0, 1), (0, 200), (1, 8), (8192, 32)):
-        assert predicted_s(fit, prefill, decode) == pytest.approx(measured_s(prefill, decode), rel=0.01)
+        assert fit.line.step_s(prefill, decode) == pytest.approx(measured_s(prefill, decode), rel=0.01)
 
 
 def test_noise_of_a_fifth_leaves_the_predictions_within_a_twentieth():

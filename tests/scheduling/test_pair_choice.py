@@ -171,8 +171,7 @@ def test_the_plan_of_the_roles_says_how_long_a_prompt_may_wait_at_a_prefill_engi
     context = CONTEXT._replace(roles={"a": EngineRole.PREFILL})
     wait_s = 20_000 * STEP_TIME.prefill_s + 9 * STEP_TIME.base_s
     assert not choose(states, Job(8000), context._replace(prefill_wait_s=0.99 * wait_s)).is_pair
-    placement = choose(states, Job(8000), context._replace(prefill_wait_s=1.01 * wait_s))
-    assert places(placement) == ("a", "b")
+    assert places(choose(states, Job(8000), context._replace(prefill_wait_s=1.01 * wait_s))) == ("a", "b")
     # It is a bound, not a preference: where the whole request costs less, it stays whole.
     few = [engine(A, waiting_prefill_tokens=20_000), engine(B, decode=0)]
     assert not choose(few, Job(8000), context._replace(prefill_wait_s=1.01 * wait_s)).is_pair
@@ -183,11 +182,9 @@ def test_the_plan_of_the_roles_says_how_long_a_prompt_may_wait_at_a_prefill_engi
 
 @pytest.mark.parametrize("prefill_wait_s", [0.0, 1.0, math.inf])
 def test_a_prompt_that_is_cached_elsewhere_is_not_computed_again_for_much_longer(prefill_wait_s):
-    """Nothing waits at the prefill engine, but it would compute sixteen times the tokens."""
-    states = [engine(A), engine(B, decode=60)]
     context = CONTEXT._replace(roles={"a": EngineRole.PREFILL}, prefill_wait_s=prefill_wait_s)
-    assert places(choose(states, Job(8000, {B: 7500}), context)) == ("b", "b")
-    assert places(choose(states, Job(8000, {A: 7500, B: 7500}), context)) == ("a", "b")
+    for cached, expected in (({B: 7500}, "b"), ({A: 7500, B: 7500}, "a")):
+        assert choose([engine(A), engine(B, decode=60)], Job(8000, cached), context).prefill.server == expected
 
 
 def test_prompts_that_leave_when_they_are_computed_wait_for_no_other():

@@ -8,8 +8,8 @@ One `EngineSteps` for an engine, shared by the `TargetState`s of its ranks, whic
 scheduled steps of all of them, whichever rank it goes to. Pure; all times are arguments on one monotonic clock.
 
 Invariants: no count is below 0; the tokens that wait on a rank are at most those of its signal and those sent since;
-what was counted for an engine does not outlive its next signals, whoever wrote them; calls are O(ranks), a signal
-O(the requests sent since it).
+counts of an engine do not outlive its next signals, of whichever agent; calls are O(ranks), a signal O(the requests
+sent since it).
 """
 
 import math
@@ -83,7 +83,7 @@ class EngineSteps:
 
     Attributes:
         step_time: what its steps are predicted with, from the newest signal that has a model; None: none of them had
-            one, or the newest says less than is needed, and no prediction uses what is here.
+            one, or the newest has too few fields, and no prediction uses these steps.
         prompt_step_s: seconds of a step with prompt tokens, apart from them, with the present decoding requests.
         step_tokens: tokens that a step of a rank holds at most.
         ends_s: when the scheduled steps end.

@@ -433,10 +433,9 @@ def _within_growth(
     prefill = {side.target: side.wait_s for side in sides if side.role is EngineRole.PREFILL}
 
     def is_soon(pair: RequestPlacement) -> bool:
-        # For an engine with the role, the fleet's plan has weighed the way of the blocks: its queue alone is compared.
+        # For an engine with the role, the fleet's plan has weighed the way of the blocks and the wait that it allows.
         if (wait_s := prefill.get(pair.prefill)) is None:
             return pair.prediction.ttft_s <= latest_s
-        # Where prompts wait as the plan allows, the present wait is left out; not what is cached elsewhere alone.
         counted_s = wait_s if wait_s <= context.prefill_wait_s else 0.0
         return pair.prediction.prefill_s - counted_s <= latest_s
 

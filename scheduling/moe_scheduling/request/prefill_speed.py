@@ -82,7 +82,7 @@ def speed_of(step_time: StepTime | None, step_tokens: int) -> float | None:
 
     Args:
         step_time: of the engine.
-        step_tokens: tokens that a step of it holds at most.
+        step_tokens: most tokens of a step.
     """
     if step_time is None:
         return None

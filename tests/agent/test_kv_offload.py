@@ -149,7 +149,7 @@ def test_the_size_of_a_job_is_what_neither_the_gpu_nor_the_tier_holds(make_offlo
     one.step()
     one.add("fresh", [900 + i % 50 for i in range(200)], arrival_s=0.1)
     assert one.scheduler.waiting.prefill_tokens == 200
-    one.add("offloaded", [*first, 1, 2, 3], arrival_s=0.2)
+    one.add("offloaded", [*first, 1, 2, 3], arrival_s=0.101)
     assert one.scheduler.waiting.prefill_tokens == 200 + 3
     assert not one.loaded
     assert one.run().first_token_order[-2:] == ["offloaded", "fresh"]

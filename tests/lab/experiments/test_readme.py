@@ -61,7 +61,10 @@ def test_figures_are_of_the_load_at_which_stock_vllm_saturates():
     found = summary()
     found["by_load"]["another fleet: 0.85"] = found["by_load"]["a fleet, two: 1"]
     block = " ".join(render_block(found).split())
-    assert "a fleet, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (8 pairs); requests kept apart from" in block
+    assert (
+        "a fleet, two 0.70 [0.60, 0.80], 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (8 pairs); requests kept apart from"
+        in block
+    )
     assert "another" not in block
     assert "simulated with step times of a clock" in block
     assert max(map(len, render_block(found).splitlines())) <= 120
@@ -72,11 +75,13 @@ def test_figures_are_of_the_load_at_which_stock_vllm_saturates():
 
 def test_measured_step_times_come_first_and_composed_ones_not_beside_them():
     figures = summary()["by_load"]["a fleet, two: 1"]
-    most = {**figures, "against_vllm": {"ttft_mean": {**RATIO, "pairs": 16}}}
+    most = {**figures, "against_vllm": {**figures["against_vllm"], "ttft_mean": {**RATIO, "pairs": 16}}}
     composed = {"h200-qwen3-30b-a3b-kernels-dp2, one server: 1": figures}
     measured = {"b300-x-tp1-ep1, four: 1": figures, "b300-x-tp2-ep4-dp2, two: 1": most}
     block = " ".join(render_block({"clock": "a clock", "by_load": {**composed, **measured}}).split())
-    assert "b300-x, two 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (16 pairs); b300-x, four 0.70" in block
+    assert (
+        "b300-x, two 0.70 [0.60, 0.80], 0.70 [0.60, 0.80] and 0.70 [0.60, 0.80] (16 pairs); b300-x, four 0.70" in block
+    )
     assert "kernels" not in block
     assert "h200-qwen3-30b-a3b-kernels-dp2, one server 0.70" in " ".join(
         render_block({"clock": "a clock", "by_load": composed}).split()

@@ -104,7 +104,9 @@ async def test_state_is_what_the_contract_says(make_engine, serve):
     assert state["totals"] == {"requests": 1, "failed": 0, "retried": 0}
     assert set(state["config"]) == {"dispatch", "request", "engines"}
     (row,) = state["engines"]
-    assert row["signal"]["step_time"] == {"base_s": 0.004, "prefill_s": 0.0001, "decode_s": 0.0002}
+    assert row["signal"]["step_time"] == {
+        "base_s": 0.004, "prefill_s": 0.0001, "decode_s": 0.0002, "decode_root_s": 0.0, "prefill_base_s": 0.0,
+    }  # fmt: skip
     del row["signal"], row["signal_age_s"]
     assert row == {
         "name": engine.name,

@@ -97,7 +97,7 @@ def test_krew_unpacks_the_wheel_and_links_its_launcher(tmp_path: Path) -> None:
     wheel = tmp_path / "moeserving-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for path in root.glob("moe_operator/**/*"):
-            if path.suffix in (".py", ".sh"):
+            if path.suffix in (".py", ".sh", ".json"):
                 archive.write(path, path.relative_to(root))
     uri = f"https://example.org/{wheel.name}"
     command = [sys.executable, "-m", "moe_operator.krew_manifest", wheel, "--uri", uri]

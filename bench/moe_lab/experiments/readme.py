@@ -40,9 +40,9 @@ def render_block(summary: Mapping[str, Any]) -> str:
     measured = {fleet: row for fleet, row in fleets.items() if _COMPOSED not in fleet} or fleets
     figures = "; ".join(_figures(fleet, row) for fleet, row in sorted(measured.items(), key=_most_pairs))
     text = (
-        f"- **Near saturation, simulated with {summary['clock']}.** Mean TTFT against stock vLLM 0.32, against the best "
-        f"of its settings and other routers, and P99 of the longest tenth of the prompts against stock vLLM: {figures}; "
-        "requests kept apart from tuning "
+        f"- **Near saturation, simulated with {summary['clock']}.** Mean TTFT against stock vLLM 0.32, against the "
+        "best of its settings and other routers, and P99 of the longest tenth of the prompts against stock vLLM: "
+        f"{figures}; requests kept apart from tuning "
         "([results](docs/results/README.md))."
     )
     kept_together = _INTERVAL.sub(lambda found: found[0].replace(" ", _HARD_SPACE), text)

@@ -15,8 +15,8 @@ DONE = b"data: [DONE]\n\n"
 # orjson reads 1024 levels and writes 254; the rest is for the fields that are added.
 MOST_BRACKETS = 250
 _TEXT_FIELDS = ("reasoning", "reasoning_content", "content")
-# Fields of a delta whose text is not remembered.
 _NONE = array("I")
+# Fields of a delta whose text is not remembered.
 _OTHER_FIELDS = ("function_call", "refusal", "audio")
 
 

@@ -10,6 +10,9 @@ from enum import StrEnum
 
 from moe_scheduling.settings import check_settings, setting
 
+# A request that arrives at the engine that decodes waits for half of the running step, and takes part in the next.
+STEPS_TO_FIRST_TOKEN = 1.5
+
 
 class EngineRole(StrEnum):
     """The part of a request that an engine is preferred for."""

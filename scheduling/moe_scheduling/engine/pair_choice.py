@@ -31,7 +31,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from moe_scheduling.engine.choice import Hold, HoldReason, Job, Refuse, RefuseReason, fleet_default_model
-from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, LatencyTargets
+from moe_scheduling.engine.disaggregation import STEPS_TO_FIRST_TOKEN, EngineRole, KvTransfer, LatencyTargets
 from moe_scheduling.engine.target_list import HOLDERS, LARGE_FLEET, TargetList, draw
 from moe_scheduling.engine.target_state import TargetState
 from moe_scheduling.signals import StepTime, Target
@@ -44,8 +44,6 @@ NEAREST = 8
 DECODE_COMPUTES_TOKENS = 256
 # Greatest part of its time that a rank is taken to spend on prompts.
 _MOST_SHARE = 0.95
-# A request that arrives at a decode engine waits for half of the running step, and takes part in the next.
-_STEPS_TO_FIRST_TOKEN = 1.5
 _SATURATED = Hold(HoldReason.SATURATED)
 
 
@@ -337,7 +335,7 @@ def _side(
         first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
         interrupted_s=delayed * (token_s * (longest - backlog) + prompt_s * steps),
         prefill_step_s=step_s + prompt_s + token_s * min(longest, step_tokens) if group.decoding else 0.0,
-        arrive_s=state.ttft_model(step_time, now_s, stale_after_s).kv_s + _STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
+        arrive_s=state.ttft_model(step_time, now_s, stale_after_s).kv_s + STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
         inter_token_s=inter_token_s,
         crowded_s=group.requests * (1.0 - before_s / step_s) * inter_token_s if step_s else 0.0,
         decode_step_s=step_s + behind_s,

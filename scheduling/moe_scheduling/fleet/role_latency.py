@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moe_scheduling.engine.disaggregation import EngineRole
+from moe_scheduling.engine.disaggregation import STEPS_TO_FIRST_TOKEN, EngineRole
 from moe_scheduling.engine.ttft_model import STEP_PREFILL_TOKENS
 from moe_scheduling.signals import StepTime
 
@@ -36,8 +36,6 @@ _LONGEST_STEP_S = 10.0
 _PRECISION = 1e-4
 _MOST_ROUNDS = 200
 _ROUNDS_OF_PART = 12
-# A request that arrives at the engine that decodes waits for half of the running step, and takes part in the next.
-_STEPS_TO_FIRST_TOKEN = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +112,7 @@ def predict_latency_s(observation: RoleObservation, prefilling: int, ttft_growth
         return math.inf, math.inf
     if not apart:
         return whole_s, inter_token_s
-    pair_s = prefill_s + observation.transfer_s + _STEPS_TO_FIRST_TOKEN * inter_token_s
+    pair_s = prefill_s + observation.transfer_s + STEPS_TO_FIRST_TOKEN * inter_token_s
     return (1.0 - apart) * whole_s + apart * pair_s, inter_token_s
 
 

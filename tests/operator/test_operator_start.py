@@ -9,7 +9,7 @@ from moe_contract.api_server import FORBIDDEN, NOT_FOUND, ApiError, Kind, Listin
 from moe_operator.kubernetes import operator as module
 from moe_operator.kubernetes import watches
 from moe_operator.kubernetes.kinds import LEASE, SECRET, SERVING
-from moe_operator.kubernetes.operator import Operator, most_background
+from moe_operator.kubernetes.operator import Operator
 from moe_operator.kubernetes.reconciler import Reconciler
 from moe_operator.kubernetes.settings import OperatorSettings
 from moe_operator.kubernetes.store import Key
@@ -84,7 +84,7 @@ async def until(condition: Any) -> None:
 async def test_an_operator_that_has_not_read_a_kind_neither_leads_nor_is_live(
     server: FakeServer, frame: FakeKopf
 ) -> None:
-    operator = Operator(OperatorSettings(metrics_port=0))
+    operator = Operator(OperatorSettings(liveness_port=0, metrics_port=0))
     running = asyncio.create_task(operator.run())
     await asyncio.sleep(0.3)
     assert (server.leases, frame.starts) == ([], 0)
@@ -95,7 +95,7 @@ async def test_an_operator_that_has_not_read_a_kind_neither_leads_nor_is_live(
 
 
 async def test_an_operator_that_waits_for_a_kind_ends_when_it_is_stopped(server: FakeServer, frame: FakeKopf) -> None:
-    operator = Operator(OperatorSettings(metrics_port=0))
+    operator = Operator(OperatorSettings(liveness_port=0, metrics_port=0))
     running = asyncio.create_task(operator.run())
     await asyncio.sleep(0.1)
     operator.stop()
@@ -116,7 +116,7 @@ async def test_a_kind_that_fails_again_and_again_keeps_the_work_waiting_for_a_wh
 
 
 async def leads(server: FakeServer, frame: FakeKopf) -> None:
-    operator = Operator(OperatorSettings(metrics_port=0))
+    operator = Operator(OperatorSettings(liveness_port=0, metrics_port=0))
     running = asyncio.create_task(operator.run())
     await until(lambda: server.leases and frame.starts)
     operator.stop()
@@ -125,7 +125,7 @@ async def leads(server: FakeServer, frame: FakeKopf) -> None:
 
 async def test_a_namespace_that_is_closed_keeps_no_other_waiting(server: FakeServer, frame: FakeKopf) -> None:
     server.secrets, server.closed = 0, "a"
-    operator = Operator(OperatorSettings(metrics_port=0, namespaces=("a", "b")))
+    operator = Operator(OperatorSettings(liveness_port=0, metrics_port=0, namespaces=("a", "b")))
     running = asyncio.create_task(operator.run())
     await until(lambda: server.leases and frame.starts)
     sight = operator._watches.sight
@@ -149,14 +149,14 @@ async def test_a_change_waits_for_none_of_the_resources_that_are_only_looked_at(
         passes.append(key.name)
 
     monkeypatch.setattr(Reconciler, "reconcile", reconcile)
-    operator = Operator(OperatorSettings(metrics_port=0, resync_s=resync_s))
+    operator = Operator(OperatorSettings(liveness_port=0, metrics_port=0, resync_s=resync_s))
     running = asyncio.create_task(operator.run())
     if resync_s < 1.0:
         gate.set()
         await until(lambda: {*names} <= {*passes})
         gate.clear()
     await until(lambda: server.leases)
-    waiting = len(names) - most_background(operator._settings.workers)
+    waiting = len(names) - operator._settings.workers
     await until(lambda: operator._election.leading.is_set() and len(operator._queue) == waiting)
     before, changed = len(passes), names[-1]
     await operator._see({"type": "MODIFIED", "object": serving(changed, version=2)})

@@ -42,9 +42,9 @@ KINDS_EVERY_S = 60.0
 log = logging.getLogger("moeserving.operator")
 
 
-def most_background(workers: int) -> int:
-    """The workers that may look at what did not change: a quarter, at least one of several, is kept for changes."""
-    return max(1, workers - max(1, workers // 4))
+def kept_for_changes(workers: int) -> int:
+    """The workers beside `workers` that take changes alone: a quarter more, at least one."""
+    return max(1, workers // 4)
 
 
 class _NoDifferences(kopf.DiffBaseStorage):
@@ -70,7 +70,7 @@ class Operator:
     def __init__(self, settings: OperatorSettings) -> None:
         self._settings, self._server = settings, ApiServer()
         self._store: Store = Store()
-        self._queue: WorkQueue[Key] = WorkQueue(most_background(settings.workers))
+        self._queue: WorkQueue[Key] = WorkQueue(most_background=settings.workers)
         self._stop = asyncio.Event()
         self._metrics = Metrics(self._queue, self._store)
 
@@ -314,7 +314,7 @@ class Operator:
         for key in self._store.known():
             self._queue.add_in_background(key)
         async with asyncio.TaskGroup() as workers:
-            for _ in range(self._settings.workers):
+            for _ in range(self._settings.workers + kept_for_changes(self._settings.workers)):
                 workers.create_task(self._work())
 
     async def _work(self) -> None:

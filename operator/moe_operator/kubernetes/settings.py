@@ -28,8 +28,9 @@ class OperatorSettings:
         identity: its name in the Lease.
         liveness_port: of `/healthz`.
         metrics_port: of `/metrics` and `/readyz`; 0 chooses a free one.
-        workers: resources that are reconciled at a time. A pass mostly waits for the API server; one core makes the
-            documents of all, so that more workers than keep it busy only make each pass take longer.
+        workers: resources that are reconciled at a time; a quarter more may be when some of them changed. A pass
+            mostly waits for the API server; one core makes the documents of all, so that more workers than keep it busy
+            only make each pass take longer.
         resync_s: time between two lists of everything, which find what a watch lost.
         watch_s: length of one watch, after which it is opened anew.
         defaults: images and the like.

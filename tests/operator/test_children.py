@@ -32,13 +32,14 @@ class MemoryApi:
         self.unreadable: set[Place] = set()
         self.undeletable: set[Place] = set()
         self.unreadable_status = 403
-        self.reads = self.writes = 0
+        self.reads = self.writes = self.dry_runs = 0
         self._version = 0
 
     async def apply(
         self, kind: Kind, document: Document, *, dry_run: bool = False, create_only: bool = False
     ) -> Document:
         place = kind.name, document["metadata"]["name"]
+        self.dry_runs += dry_run
         if create_only and place in self.objects:
             raise ApiError(CONFLICT, "exists")
         if (error := self.refuses(place)) is not None:
@@ -82,8 +83,9 @@ class Cluster:
     async def _say_kept(self, _key: Key, name: str) -> None:
         self.kept.append(name)
 
-    def apply(self, **spec: Any) -> Applied:
-        return asyncio.run(self.children.apply(KEY, plan(**spec), frozenset(CHILDREN), UID))
+    def apply(self, *, has_templates: bool = True, **spec: Any) -> Applied:
+        applying = self.children.apply(KEY, plan(**spec), frozenset(CHILDREN), UID, has_templates=has_templates)
+        return asyncio.run(applying)
 
     def prune(self, objects: tuple[Document, ...]) -> bool:
         return asyncio.run(self.children.prune(KEY, objects, UID))
@@ -119,6 +121,34 @@ ENGINES, GATEWAYS, SETTINGS = (
 CACHE_CLAIM = ("PersistentVolumeClaim", "tiny-cache")
 OF_A_REVISION = {ENGINES, GATEWAYS, SETTINGS, CACHE_CLAIM}
 ALL = sorted(places(plan()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sets(st.sampled_from(ALL)))
+def test_the_first_workloads_without_a_users_part_are_not_tried(refused: set[Place]) -> None:
+    cluster = Cluster()
+    cluster.refuse(*refused)
+    result = cluster.apply(has_templates=False)
+    held = OF_A_REVISION if CACHE_CLAIM in refused else set()
+    assert cluster.api.objects.keys() == set(ALL) - refused - held
+    assert {text.split(":")[0] for text in result.refused} >= {
+        f"Deployment ns/{name}" for _, name in refused & {ENGINES, GATEWAYS} - held
+    }
+    cluster.refuse()
+    assert cluster.apply(has_templates=False).refused == []
+    assert cluster.api.objects.keys() == set(ALL)
+
+
+def test_workloads_that_follow_others_are_tried_and_claims_always_are() -> None:
+    cluster = Cluster()
+    cluster.apply(has_templates=False)
+    assert cluster.api.dry_runs == 1
+    changed = {"engine": {"args": ["--max-model-len=64"]}}
+    cluster.refuse(ENGINES)
+    before = dict(cluster.api.objects)
+    assert cluster.apply(has_templates=False, **changed).refused
+    assert cluster.api.objects == before
+    assert cluster.api.dry_runs > 1
 
 
 @settings(max_examples=100, deadline=None)

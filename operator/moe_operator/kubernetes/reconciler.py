@@ -71,6 +71,7 @@ from moe_operator.kubernetes.waits import find_remains
 from moe_operator.plan import ClusterPlan, Defaults, Observed, plan_cluster
 from moe_operator.plan.cluster import plan_engine_count, plan_replicas, stable_nodes
 from moe_operator.plan.names import Names
+from moe_operator.plan.role_override import has_templates
 
 Document = dict[str, Any]
 # While something is on its way, and while all is well but not every change comes by itself.
@@ -232,9 +233,9 @@ class Reconciler:
         key, uid = current.key, current.document["metadata"]["uid"]
         victims = mark_victims(self._api, self._store, key, plan, current.pods, current.states)
         await parts.run("marking engines that may go", victims, None)
-        applied = await parts.run(
-            "applying objects", self._children.apply(key, plan.objects, self._kinds(), uid), Applied()
-        )
+        is_templated = has_templates(current.resource)
+        applying = self._children.apply(key, plan.objects, self._kinds(), uid, has_templates=is_templated)
+        applied = await parts.run("applying objects", applying, Applied())
         if not applied.refused and not parts.problems:
             pruning = self._children.prune(key, with_old_workload(plan.objects, takeover), uid)
             applied.waiting |= await parts.run("deleting objects", pruning, True)

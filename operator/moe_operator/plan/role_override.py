@@ -38,6 +38,11 @@ def all_templates(resource: MoEServing) -> Iterator[PodTemplate]:
         yield role_template(resource, role)[0]
 
 
+def has_templates(resource: MoEServing) -> bool:
+    """Whether the user has written a part of any of the resource's pods."""
+    return any(all_templates(resource)) or bool(resource.spec.gateway.pod_template)
+
+
 def all_arguments(resource: MoEServing) -> tuple[str, ...]:
     """Returns the arguments of all engines, and then those of each role."""
     engine = resource.spec.engine

@@ -4,6 +4,8 @@ import gzip
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moe_lab.experts import routed
 from moe_lab.experts.__main__ import app
 from moe_lab.experts.routed import KernelPlane, RoutedRow, bound_copies, count_work, fit_kernels
@@ -47,6 +49,27 @@ def test_the_plane_of_a_table_is_found_and_scaled_to_the_larger_expert(data):
 def test_a_layer_waits_for_its_slowest_rank():
     plane = KernelPlane(launch_s=1.0, step_token_s=0.1, expert_s=10.0, pair_s=1.0, median_error=0.0, rows=1)
     assert plane.layers_s(np.array([[1, 2]]), np.array([[9, 3]]), 10) == 1.0 + 1.0 + 23.0
+
+
+def test_no_placement_is_below_the_floor():
+    plane = KernelPlane(launch_s=1.0, step_token_s=0.1, expert_s=10.0, pair_s=1.0, median_error=0.0, rows=1)
+    # Five experts on two ranks: one reads three. Four: each reads two, and has half of the pairs.
+    assert plane.least_s(np.array([5]), 6, 2, 10) == 1.0 + 1.0 + 33.0
+    assert plane.least_s(np.array([4]), 40, 2, 10) == 1.0 + 1.0 + 40.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())
+def test_the_floor_is_below_each_placement(ranks, tokens, seed, idle):
+    generator = np.random.default_rng(seed)
+    plane = KernelPlane(launch_s=1.0, step_token_s=0.1, expert_s=10.0, pair_s=1.0, median_error=0.0, rows=1)
+    experts, slots = 6, 8 * ranks
+    copies = np.stack([generator.permutation(np.arange(slots) % experts) for _ in range(2)])
+    placement = Placement(physical_to_logical=copies, ranks=ranks)
+    ids = np.stack([[generator.choice(experts, 2, replace=False) for _ in range(tokens)] for _ in range(2)])
+    seconds = plane.layers_s(*count_work(ids.astype(np.uint8), placement, idle=idle), tokens)
+    distinct = np.array([len(np.unique(layer)) for layer in ids])
+    assert plane.least_s(distinct, 2 * tokens, ranks, tokens) <= seconds + 1e-9
 
 
 @pytest.mark.parametrize(("idle", "distinct"), [(False, [[3, 2]]), (True, [[2, 2]])])

@@ -43,6 +43,7 @@ _EXPERT_BYTES = 3 * 2048 * 1408 * 2
 _TABLE_INTER = 768
 _KNUTH = 2654435769
 _OTHERS = ("static", "vLLM", "DeepSeek, global")
+FLOOR = "floor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,24 @@ class KernelPlane:
         work = self.expert_s * distinct + self.pair_s * pairs
         return float(work.max(1).sum()) + len(distinct) * (self.launch_s + self.step_token_s * tokens)
 
+    def least_s(self, distinct: Ints, pairs: int, ranks: int, tokens: int) -> float:
+        """Returns seconds of all layers below which no placement is, with whatever copies.
+
+        The slowest rank has at least the mean work of all, and some rank reads at least the mean number of experts,
+        rounded up, each for one pair or more.
+
+        Args:
+            distinct: [layer], experts of the whole step.
+            pairs: of a layer.
+            ranks: of the group.
+            tokens: of the step.
+        """
+        mean = (self.expert_s * distinct + self.pair_s * pairs) / ranks
+        whole = (self.expert_s + self.pair_s) * np.ceil(distinct / ranks)
+        return self.layers_s(np.zeros((len(distinct), 1), np.int64), np.zeros(1, np.int64), tokens) + float(
+            np.maximum(mean, whole).sum()
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedRow:
@@ -81,7 +100,7 @@ class RoutedRow:
         redundant: slots beside one for each expert.
         mix: domains of the tokens.
         run: sizes of the steps.
-        policy: who places.
+        policy: who places; `FLOOR`: nobody can place the experts so that a step takes less.
         step_ms: modelled time of the experts in a step, the first round left out.
         by_size: the same by the step's size.
         moves: of all rounds.
@@ -239,7 +258,7 @@ def run_all(
 
 
 def _policies(group: GroupSizes, gpu: str, move_s: float) -> dict[str, Policy]:
-    """The product's decisions on the prior of the GPU, its decisions by tokens alone, and the rivals."""
+    """The product's decisions on the prior of the GPU, its decisions by tokens alone, rivals, and the floor."""
     work = work_prior(f"NVIDIA {gpu.upper()}", _EXPERT_BYTES, "bfloat16")
     assert work is not None
     by_tokens = ExpertCosts(token_s=work.token_s, move_s=move_s)
@@ -249,6 +268,7 @@ def _policies(group: GroupSizes, gpu: str, move_s: float) -> dict[str, Policy]:
         **{name: rivals[name] for name in _OTHERS},
         "by tokens alone": rivals["ours"],
         "ours": Ours(costs, ExpertSettings()),
+        FLOOR: lambda _load, placement: placement,
     }
 
 
@@ -322,6 +342,9 @@ class _TimedRun:
             chosen = (generator.integers(count) + np.arange(size)) % count
         else:
             chosen = generator.choice(count, size, replace=False)
+        if name == FLOOR:
+            experts = np.array([len(np.unique(layer)) for layer in ids[:, chosen]])
+            return self.kernels.least_s(experts, size * ids.shape[2], placement.ranks, size)
         distinct, pairs = count_work(ids[:, chosen], placement, idle=name == "ours")
         return self.kernels.layers_s(distinct, pairs, size)
 

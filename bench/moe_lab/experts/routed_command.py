@@ -12,7 +12,7 @@ from moe_tools.user_errors import report_user_errors
 from rich.console import Console
 from rich.table import Table
 
-from moe_lab.experts.routed import EXPERTS, CopiesBound, RoutedRow, bound_copies, fit_kernels, run_all
+from moe_lab.experts.routed import EXPERTS, FLOOR, CopiesBound, RoutedRow, bound_copies, fit_kernels, run_all
 
 _GPUS = ("h100", "h200")
 _WIDTH = 200
@@ -66,11 +66,17 @@ def _read_groups(text: str, ranks: int) -> list[int]:
 
 
 def render_routed(rows: list[RoutedRow]) -> Table:
-    """Against the best of the three others at each size, and the better of the two balancers."""
+    """Against the best of the three others at each size, the better of the two balancers, and the floor."""
     table = Table(title=f"Time of the experts in a step, ms, {rows[0].ranks} ranks", title_justify="left")
-    for heading in ("copies", "tokens", "steps", "static", "vLLM", "DeepSeek", "by tokens", "ours"):
+    for heading in ("copies", "tokens", "steps", "static", "vLLM", "DeepSeek", "by tokens", "ours", "floor"):
         table.add_column(heading, justify="right")
-    for heading in ("to the better balancer", "worst size, to the best", "moves: vLLM, DeepSeek, ours", "with moves"):
+    for heading in (
+        "to the better balancer",
+        "floor to it",
+        "worst size, to the best",
+        "moves: vLLM, DeepSeek, ours",
+        "with moves",
+    ):
         table.add_column(heading, justify="right")
     for key in dict.fromkeys((row.redundant, row.mix, row.run) for row in rows):
         same = {row.policy: row for row in rows if (row.redundant, row.mix, row.run) == key}
@@ -82,6 +88,7 @@ def render_routed(rows: list[RoutedRow]) -> Table:
             *map(str, key),
             *(f"{row.step_ms:.3f}" for row in same.values()),
             f"{ours.step_ms / better.step_ms - 1:+.1%}",
+            f"{same[FLOOR].step_ms / better.step_ms - 1:+.1%}",
             f"{ours.by_size[worst] / best[worst] - 1:+.1%} at {worst}",
             ", ".join(f"{row.moves:,}" for row in [*balancers, ours]),
             f"{ours.run_s / min(row.run_s for row in balancers) - 1:+.1%}",

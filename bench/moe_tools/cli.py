@@ -216,8 +216,10 @@ def advise_command(
     requests: Annotated[int, typer.Option("--requests", help="Requests that each shape serves.")] = 300,
     answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="Median answer.")] = 64,
     cost: Annotated[str | None, typer.Option("--cost", help="Preset of step times.")] = None,
-    ttft: Annotated[float, typer.Option("--ttft", help="Bound of TTFT (s).")] = 2.0,
-    inter_token: Annotated[float, typer.Option("--inter-token", help="Bound of the time between tokens (s).")] = 0.05,
+    ttft: Annotated[float | None, typer.Option("--ttft", help="Bound of TTFT (s).")] = None,
+    inter_token: Annotated[
+        float | None, typer.Option("--inter-token", help="Bound of the time between tokens (s).")
+    ] = None,
     seed: Seed = 0,
     output: Annotated[str, typer.Option("--output", help="table or json.")] = "table",
 ) -> None:
@@ -225,11 +227,10 @@ def advise_command(
     from moe_agent.vllm.version import check_runs_here
 
     from moe_tools.advisor.advise import AdviceRequest, run_advise
-    from moe_tools.advisor.results import Bounds
 
     check_runs_here()
     asked = AdviceRequest(
         file=file, trace=trace, trace_format=trace_format, shape=shape, rate=rate, requests=requests,
-        answer_tokens=answer_tokens, seed=seed, cost=cost, bounds=Bounds(ttft_s=ttft, inter_token_s=inter_token),
+        answer_tokens=answer_tokens, seed=seed, cost=cost, ttft_s=ttft, inter_token_s=inter_token,
     )  # fmt: skip
     run_advise(asked, output)

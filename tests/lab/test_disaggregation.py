@@ -9,13 +9,13 @@ from moe_lab.disaggregation.__main__ import app
 from moe_lab.disaggregation.arrangements import CLOCK, REFERENCE, arrangements
 from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
 from moe_lab.disaggregation.report import render
-from moe_lab.disaggregation.settled import settled_prefill
 from moe_lab.disaggregation.workloads import AGENTS, CHANGE, Folders, build_workload
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_cost_s
 from moe_scheduling.fleet.roles import RoleSettings
 from moe_scheduling.signals import StepTime
-from moe_tools.advisor.clocks import choose_clock
+from moe_tools.advisor.clocks import ServerParallelism, choose_clock
+from moe_tools.advisor.settled import settled_prefill
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -26,7 +26,9 @@ def test_every_arrangement_uses_all_gpus(gpus):
     found = arrangements(gpus)
     assert next(iter(found)) == REFERENCE
     assert {shape.gpus for shape in found.values()} == {gpus}
-    assert all(choose_clock(CLOCK, gpus).covers(size) for shape in found.values() for size in shape.servers)
+    assert all(
+        choose_clock(CLOCK, gpus).covers(ServerParallelism(size)) for shape in found.values() for size in shape.servers
+    )
     assert {name for name in found if name.startswith("auto")} == {
         f"auto, {count} of {gpus // count}" for count in (2, 4, 8) if count <= gpus
     }

@@ -10,7 +10,7 @@ from dataclasses import replace
 from moe_contract.input_errors import InputError, InvalidInput
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_scheduling.request.order import RequestSettings
-from moe_tools.advisor.clocks import choose_clock
+from moe_tools.advisor.clocks import ServerParallelism, choose_clock
 from moe_tools.advisor.fleet import FleetLoad, FleetShape
 from moe_tools.traces import TraceRequest
 
@@ -45,12 +45,12 @@ def arrangements(gpus: int, clock: str = CLOCK) -> dict[str, FleetShape]:
         if count <= gpus:
             found |= _alike(gpus, count)
     known = choose_clock(clock, gpus)
-    if not known.covers(gpus):
+    if not known.covers(ServerParallelism(gpus)):
         raise InvalidInput([InputError("--gpus", f"{clock} has no step times of {gpus} GPUs as one group")])
     return {
         name: replace(shape, limits={**_LIMITS, **shape.limits})
         for name, shape in found.items()
-        if all(map(known.covers, shape.servers))
+        if all(known.covers(ServerParallelism(ranks)) for ranks in shape.servers)
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_scheduling.engine.disaggregation import LatencyTargets
 from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
+from moe_tools.advisor.settled import settle
 from moe_tools.simulator.costs import IDLE, Work
 from moe_tools.simulator.pair_router import PairGateway
 from moe_tools.simulator.saturation import find_saturation
@@ -26,7 +27,6 @@ from moe_tools.simulator.workload import SimRequest
 from moe_tools.traces import TraceRequest
 
 from moe_lab.disaggregation.arrangements import CLOCK, REFERENCE, arrangements, load_of
-from moe_lab.disaggregation.settled import settle
 from moe_lab.disaggregation.workloads import Folders, build_workload, max_model_len
 from moe_lab.experiments.plan import code_digest
 from moe_lab.experiments.runner import PRODUCT_SOURCES, ROOT, SIMULATOR_SOURCES, read_records
@@ -45,8 +45,8 @@ _PAIR_SOURCES = (
 )
 _SETTLED: dict[tuple["Run", float], FleetShape] = {}
 _OWN_SOURCES = (
-    *(f"bench/moe_lab/disaggregation/{name}.py" for name in ("arrangements", "settled", "workloads")),
-    *(f"bench/moe_tools/advisor/{name}.py" for name in ("clocks", "fleet")),
+    *(f"bench/moe_lab/disaggregation/{name}.py" for name in ("arrangements", "workloads")),
+    *(f"bench/moe_tools/advisor/{name}.py" for name in ("clocks", "fleet", "settled")),
 )
 
 

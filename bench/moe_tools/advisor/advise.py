@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from moe_tools.advisor.candidates import (
     list_refinements,
     name_split,
 )
-from moe_tools.advisor.clocks import CLOCKS, choose_clock, list_clocks
+from moe_tools.advisor.clocks import CLOCKS, ServerParallelism, choose_clock, list_clocks
 from moe_tools.advisor.fleet import FleetLoad, build_fleet
 from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, rank, read_outcome, render, to_document
+from moe_tools.advisor.settled import settle
 from moe_tools.report import read_environment
 from moe_tools.shapes import ShapeSettings, build_shape, parse_shape
 from moe_tools.simulator.arrivals import ArrivalShape, arrange
@@ -38,6 +39,8 @@ from moe_tools.traces import TraceRequest, cut_piece, fit_lengths, mean_rate, re
 # Longest prompt with its answer where the file's arguments name none.
 MAX_MODEL_LEN = 16_384
 MOST_GPUS = 64
+# Bounds of a good request, in seconds, where neither an option nor the file's targets name them.
+TTFT_S, INTER_TOKEN_S = 2.0, 0.05
 LEAST_REQUESTS = 20
 FORMATS = ("table", "json")
 _SUFFIXES = {"": 1, "k": 1000, "K": 1024, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
@@ -51,7 +54,8 @@ class AdviceRequest:
 
     Attributes:
         file: of the resource.
-        bounds: of a good request.
+        ttft_s: bound of a good request's time to the first token; None: the file's target, or `TTFT_S`.
+        inter_token_s: bound of its time between tokens; None: the file's target, or `INTER_TOKEN_S`.
         trace: file of the requests; None: a generated shape.
         trace_format: of its lines; None: by the first line.
         shape: name of the generated shape.
@@ -63,7 +67,8 @@ class AdviceRequest:
     """
 
     file: Path
-    bounds: Bounds
+    ttft_s: float | None = None
+    inter_token_s: float | None = None
     trace: Path | None = None
     trace_format: str | None = None
     shape: str = "random"
@@ -78,7 +83,7 @@ class AdviceRequest:
 class _Question:
     """The request, read: candidates, those that do not fit, the load that all share, and how many requests are cut.
 
-    `clock` says whose step times they are, and their error.
+    `clock` says whose step times they are, and their error; `bounds` are those of a good request.
     """
 
     candidates: Sequence[Candidate]
@@ -86,6 +91,7 @@ class _Question:
     load: FleetLoad
     cut: int
     clock: str
+    bounds: Bounds
 
 
 def run_advise(asked: AdviceRequest, output: str) -> None:
@@ -102,11 +108,11 @@ def run_advise(asked: AdviceRequest, output: str) -> None:
         raise InvalidInput([unknown_choice("--output", output, FORMATS)])
     question = read_question(asked)
     with _quiet_stdout():
-        rows = rank(_simulate_all(question, asked.bounds))
+        rows = rank(_simulate_all(question))
     if output == "json":
-        sys.stdout.write(json.dumps(build_document(asked, question, rows), indent=2) + "\n")
+        sys.stdout.write(json.dumps(build_document(question, rows), indent=2) + "\n")
     else:
-        Console().print(render(rows, question.excluded, asked.bounds, question.clock))
+        Console().print(render(rows, question.excluded, question.bounds, question.clock))
 
 
 @contextmanager
@@ -120,7 +126,7 @@ def _quiet_stdout() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Advice]) -> dict[str, Any]:
+def build_document(question: _Question, rows: Sequence[Advice]) -> dict[str, Any]:
     """The advice as JSON: the shapes, the best first, with all that they depend on."""
     environment = read_environment()
     return {
@@ -131,13 +137,13 @@ def build_document(asked: AdviceRequest, question: _Question, rows: Sequence[Adv
         "requests": len(question.load.trace),
         "cut_requests": question.cut,
         "rate": mean_rate(question.load.trace),
-        "bounds": {"ttft_s": asked.bounds.ttft_s, "inter_token_s": asked.bounds.inter_token_s},
+        "bounds": asdict(question.bounds),
         "shapes": [to_document(row) for row in rows],
         "excluded": [{"servers": row.servers, "reason": row.reason} for row in question.excluded],
     }
 
 
-def _simulate_all(question: _Question, bounds: Bounds) -> list[Advice]:
+def _simulate_all(question: _Question) -> list[Advice]:
     """All candidates, and then variants of the best one."""
     progress = Console(stderr=True)
     if question.cut:
@@ -145,18 +151,19 @@ def _simulate_all(question: _Question, bounds: Bounds) -> list[Advice]:
         progress.print(f"{question.cut} requests are longer than {longest} tokens and cut to that", highlight=False)
     progress.print("loading vLLM's scheduler", highlight=False)
     load_vllm()
-    rows = _simulate(question.candidates, question.load, bounds, progress)
+    rows = _simulate(question.candidates, question.load, question.bounds, progress)
     best = rank(rows)[0].candidate
-    refinements = list_refinements(best, question.load.clock.copies(best.shape.servers[0]))
-    return rows + _simulate(refinements, question.load, bounds, progress)
+    refinements = list_refinements(best, question.load.clock.copies(best.shape.group(best.shape.servers[0])))
+    return rows + _simulate(refinements, question.load, question.bounds, progress)
 
 
 def _simulate(candidates: Sequence[Candidate], load: FleetLoad, bounds: Bounds, progress: Console) -> list[Advice]:
     rows = []
     for number, candidate in enumerate(candidates, start=1):
         began_s = time.perf_counter()
-        outcome = simulate(build_fleet(candidate.shape, load), load_vllm())
-        rows.append(read_outcome(candidate, outcome, bounds))
+        chosen = replace(candidate, shape=settle(candidate.shape, load)) if candidate.shape.moves else candidate
+        outcome = simulate(build_fleet(chosen.shape, load), load_vllm())
+        rows.append(read_outcome(chosen, outcome, bounds))
         words = f"{candidate.servers}, {candidate.roles}, {candidate.step_tokens:,} tokens a step"
         took_s = time.perf_counter() - began_s
         progress.print(f"{number} of {len(candidates)}: {words}: {took_s:.0f} s", highlight=False)
@@ -179,6 +186,7 @@ def read_question(asked: AdviceRequest) -> _Question:
     name, is_assumed = _name_clock(asked, resource)
     clock = choose_clock(name, gpus)
     longest = _option(spec.engine.args, "--max-model-len", MAX_MODEL_LEN)
+    targets = engine_settings(spec.scheduling.engine).targets
     trace, cut = _read_requests(asked, longest)
     load = FleetLoad(
         clock=clock,
@@ -186,35 +194,38 @@ def read_question(asked: AdviceRequest) -> _Question:
         max_model_len=longest,
         request=request_settings(spec.scheduling.request, spec.scheduling.engine),
         engine=engine_settings(spec.scheduling.engine),
-        targets=engine_settings(spec.scheduling.engine).targets,
+        targets=targets,
+        sequences=_option(spec.engine.args, "--max-num-seqs", CLOCKS[name].sequences),
         seed=asked.seed,
     )
-
-    def kv_tokens(ranks: int) -> int | None:
-        return 16 * clock.kv_blocks(ranks) if clock.covers(ranks) else None
-
     candidates, excluded = list_candidates(
         gpus,
         step_tokens=_option(spec.engine.args, "--max-num-batched-tokens", CLOCKS[name].step_tokens),
         present=_present_shape(spec.engine),
-        kv_tokens=kv_tokens,
+        groups=clock.groups,
+        kv_tokens=lambda group: 16 * clock.kv_blocks(group),
         longest_tokens=longest,
     )
     if not candidates:
         reasons = "; ".join(f"{row.servers}: {row.reason}" for row in excluded)
         raise InvalidInput([InputError("spec.engine", f"no shape of {gpus} GPUs holds the model: {reasons}")])
     said = clock.describe() + (_other_gpus(name) if is_assumed else "")
-    return _Question(candidates=candidates, excluded=excluded, load=load, cut=cut, clock=said)
+    bounds = Bounds(
+        ttft_s=asked.ttft_s or targets.ttft_s or TTFT_S,
+        inter_token_s=asked.inter_token_s or targets.inter_token_s or INTER_TOKEN_S,
+    )
+    return _Question(candidates=candidates, excluded=excluded, load=load, cut=cut, clock=said, bounds=bounds)
 
 
 def _present_shape(engine: Engine) -> PresentShape:
     """The file's own shape, in the words of the candidates."""
-    ranks = engine.parallelism.data if engine.parallelism.tensor == 1 else None
+    wanted = engine.parallelism
+    group = ServerParallelism(wanted.data, wanted.tensor, wanted.expert or wanted.ranks == 1)
     roles = engine.roles
     if not roles.is_fixed:
-        return PresentShape(ranks=ranks, roles=roles.mode.value)
+        return PresentShape(group=group, roles=roles.mode.value)
     prefill, decode = roles.prefill or 0, roles.decode or 0
-    return PresentShape(ranks=ranks, roles=name_split(prefill, decode), prefill=prefill)
+    return PresentShape(group=group, roles=name_split(prefill, decode), prefill=prefill)
 
 
 def _check_numbers(asked: AdviceRequest) -> None:
@@ -222,8 +233,8 @@ def _check_numbers(asked: AdviceRequest) -> None:
         InputError(name, f"must be more than 0, got {value:g}")
         for name, value in (
             ("--rate", 1.0 if asked.rate is None else asked.rate),
-            ("--ttft", asked.bounds.ttft_s),
-            ("--inter-token", asked.bounds.inter_token_s),
+            ("--ttft", 1.0 if asked.ttft_s is None else asked.ttft_s),
+            ("--inter-token", 1.0 if asked.inter_token_s is None else asked.inter_token_s),
         )
         if not 0 < value < math.inf
     ]

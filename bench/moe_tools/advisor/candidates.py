@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from moe_tools.advisor.clocks import ServerParallelism
 from moe_tools.advisor.fleet import FleetShape
 
 # Parts of the servers that compute prompts in a fixed split; more of them would be simulated for little news.
@@ -17,7 +18,7 @@ class Candidate:
 
     Attributes:
         shape: the shape.
-        servers: such as `2 of 4`: two servers of four data-parallel ranks.
+        servers: such as `2 of 4`: two servers of four data-parallel ranks of one GPU.
         roles: value of the resource's field, such as `unified`, `auto` or `{prefill: 1, decode: 1}`.
         step_tokens: vLLM's `max_num_batched_tokens`.
         is_present: whether the file has this shape.
@@ -43,12 +44,12 @@ class PresentShape:
     """The shape of the file.
 
     Attributes:
-        ranks: of a server; None: none of those that are simulated.
+        group: parallelism of a server.
         roles: as `Candidate` has them.
         prefill: servers that compute prompts in a fixed split; None without one.
     """
 
-    ranks: int | None
+    group: ServerParallelism
     roles: str = "unified"
     prefill: int | None = None
 
@@ -59,7 +60,13 @@ def name_split(prefill: int, decode: int) -> str:
 
 
 def list_candidates(
-    gpus: int, *, step_tokens: int, present: PresentShape, kv_tokens: Callable[[int], int | None], longest_tokens: int
+    gpus: int,
+    *,
+    step_tokens: int,
+    present: PresentShape,
+    groups: Callable[[int], Sequence[ServerParallelism]],
+    kv_tokens: Callable[[ServerParallelism], int],
+    longest_tokens: int,
 ) -> tuple[list[Candidate], list[Excluded]]:
     """Returns the shapes of this many GPUs, the fewest servers first, and those that do not fit.
 
@@ -67,48 +74,52 @@ def list_candidates(
         gpus: in all.
         step_tokens: tokens of a step in each of them.
         present: the file's own shape; its split is one of the shapes.
-        kv_tokens: tokens that fit into the KV cache of one rank, by the ranks of a server; None: its step times are
-            not known.
+        groups: returns, for a number of GPUs, the parallelism of the servers whose step times are known.
+        kv_tokens: tokens that fit into the KV cache of one rank of a server.
         longest_tokens: longest prompt with its answer, which has to fit.
     """
     found: list[Candidate] = []
     excluded: list[Excluded] = []
-    for ranks in (ranks for ranks in range(gpus, 0, -1) if gpus % ranks == 0):
-        cut = (ranks,) * (gpus // ranks)
-        name = f"{len(cut)} of {ranks}"
-        if reason := _why_not(ranks, kv_tokens(ranks), longest_tokens):
-            excluded.append(Excluded(servers=name, reason=reason))
-            continue
-        found += [
-            Candidate(
-                shape=replace(shape, limits={"max_num_batched_tokens": step_tokens}),
-                servers=name,
-                roles=roles,
-                step_tokens=step_tokens,
-                is_present=ranks == present.ranks and roles == present.roles,
-            )
-            for roles, shape in _by_roles(cut, present.prefill if ranks == present.ranks else None).items()
-        ]
+    for size in (size for size in range(gpus, 0, -1) if gpus % size == 0):
+        servers = gpus // size
+        if not (known := groups(size)):
+            reason = f"step times of a group of {size} are not among the fitted ones"
+            excluded.append(Excluded(servers=f"{servers} of {size}", reason=reason))
+        for group in known:
+            name = f"{servers} of {group.describe()}"
+            if reason := _why_not(kv_tokens(group), longest_tokens):
+                excluded.append(Excluded(servers=name, reason=reason))
+                continue
+            is_present = group == present.group
+            found += [
+                Candidate(
+                    shape=replace(shape, limits={"max_num_batched_tokens": step_tokens}),
+                    servers=name,
+                    roles=roles,
+                    step_tokens=step_tokens,
+                    is_present=is_present and roles == present.roles,
+                )
+                for roles, shape in _by_roles(group, servers, present.prefill if is_present else None).items()
+            ]
     return found, excluded
 
 
-def _why_not(ranks: int, kv_tokens: int | None, longest_tokens: int) -> str:
-    """Why servers of this many ranks are not simulated; empty where they are."""
-    if kv_tokens is None:
-        return f"step times of a group of {ranks} are not among the fitted ones"
+def _why_not(kv_tokens: int, longest_tokens: int) -> str:
+    """Why servers with room for this many tokens a rank are left out; empty where none is."""
     if kv_tokens > longest_tokens:
         return ""
-    room = f"the weights leave room for {max(0, kv_tokens):,} tokens of KV cache a GPU"
+    room = f"the weights leave room for {max(0, kv_tokens):,} tokens of KV cache a rank"
     return f"{room}, and a request may have {longest_tokens:,}"
 
 
-def _by_roles(cut: tuple[int, ...], prefill_of_file: int | None) -> dict[str, FleetShape]:
-    found = {"unified": FleetShape(servers=cut)}
-    if len(cut) > 1:
-        found["auto"] = FleetShape(servers=cut, pairs=True, moves=True)
-    splits = {round(len(cut) * part) for part in PREFILL_PARTS} | {prefill_of_file or 0}
-    for prefill in sorted(splits - {0, len(cut)}):
-        found[name_split(prefill, len(cut) - prefill)] = FleetShape(servers=cut, prefill=prefill, pairs=True)
+def _by_roles(group: ServerParallelism, servers: int, prefill_of_file: int | None) -> dict[str, FleetShape]:
+    unified = FleetShape(servers=(group.ranks,) * servers, tensor=group.tensor, expert=group.expert)
+    found = {"unified": unified}
+    if servers > 1:
+        found["auto"] = replace(unified, pairs=True, moves=True)
+    splits = {round(servers * part) for part in PREFILL_PARTS} | {prefill_of_file or 0}
+    for prefill in sorted(splits - {0, servers}):
+        found[name_split(prefill, servers - prefill)] = replace(unified, prefill=prefill, pairs=True)
     return found
 
 

@@ -1,6 +1,6 @@
 """A number of GPUs cut into servers with roles, and its simulation.
 
-A server is one lockstep group of data-parallel ranks, one GPU each, with the experts spread over all of them.
+A server is one lockstep group of data-parallel ranks, each of one GPU or of several with tensor parallelism.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from moe_scheduling.engine.disaggregation import EngineRole, KvTransfer, Latency
 from moe_scheduling.fleet.roles import RoleSettings
 from moe_scheduling.request.order import RequestSettings
 
-from moe_tools.advisor.clocks import Clock
+from moe_tools.advisor.clocks import Clock, ServerParallelism
 from moe_tools.simulator.pair_router import PairSettings, pair_gateways
 from moe_tools.simulator.rank import OURS, STOCK, EngineLimits
 from moe_tools.simulator.signals import SignalPlan
@@ -31,7 +31,9 @@ class FleetShape:
     """One way to use the GPUs.
 
     Attributes:
-        servers: ranks of each server.
+        servers: data-parallel ranks of each server.
+        tensor: GPUs of a rank.
+        expert: whether experts are spread over the GPUs of a server.
         prefill: number of the first servers, which compute prompts while the others decode; None: no fixed roles.
         pairs: whether requests may be split.
         moves: whether roles move with the load.
@@ -42,6 +44,8 @@ class FleetShape:
     """
 
     servers: tuple[int, ...]
+    tensor: int = 1
+    expert: bool = True
     prefill: int | None = None
     pairs: bool = False
     moves: bool = False
@@ -53,7 +57,11 @@ class FleetShape:
     @property
     def gpus(self) -> int:
         """Returns the GPUs of all servers."""
-        return sum(self.servers)
+        return sum(self.servers) * self.tensor
+
+    def group(self, ranks: int) -> ServerParallelism:
+        """Returns the parallelism of a server of this many ranks."""
+        return ServerParallelism(ranks, self.tensor, self.expert)
 
     @property
     def uses_product(self) -> bool:
@@ -72,6 +80,7 @@ class FleetLoad:
         request: order of the requests in our engines.
         engine: choice of the engine for whole requests.
         targets: objective of the choice between whole requests and pairs.
+        sequences: vLLM's `max_num_seqs`.
         seed: of the experts' popularity.
     """
 
@@ -81,22 +90,26 @@ class FleetLoad:
     request: RequestSettings = field(default_factory=RequestSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     targets: LatencyTargets = field(default_factory=LatencyTargets)
+    sequences: int = 256
     seed: int = 0
 
-    @property
-    def link(self) -> KvTransfer:
-        """Returns the transfer of KV blocks between two GPUs."""
-        return KvTransfer(token_bytes=self.clock.kv_token_bytes, bytes_per_s=LINK_BYTES_PER_S)
+    def link(self, tensor: int) -> KvTransfer:
+        """Returns the transfer of KV blocks between two ranks of this many GPUs, each of which sends its part."""
+        return KvTransfer(token_bytes=self.clock.kv_token_bytes, bytes_per_s=LINK_BYTES_PER_S * tensor)
 
 
 def shape_server(shape: FleetShape, ranks: int, load: FleetLoad) -> ServerShape:
-    """Returns a server of this many GPUs."""
-    clock = load.clock
-    usual = EngineLimits(max_num_seqs=256, kv_blocks=clock.kv_blocks(ranks), max_model_len=load.max_model_len)
+    """Returns a server of this many ranks."""
+    clock, group = load.clock, shape.group(ranks)
+    usual = EngineLimits(
+        max_num_seqs=load.sequences, kv_blocks=clock.kv_blocks(group), max_model_len=load.max_model_len
+    )
+    limits = replace(usual, **shape.limits)
     return ServerShape(
         ranks=ranks,
-        cost=clock.cost(ranks, redundant=shape.redundant, seed=load.seed),
-        limits=replace(usual, **shape.limits),
+        cost=clock.cost(group, redundant=shape.redundant, seed=load.seed),
+        # A step has a token for each request that decodes at least: so does vLLM lower its default.
+        limits=replace(limits, max_num_seqs=min(limits.max_num_seqs, limits.max_num_batched_tokens)),
     )
 
 
@@ -105,8 +118,11 @@ def build_fleet(shape: FleetShape, load: FleetLoad) -> Simulation:
 
     A request alone has all GPUs as one group, or the largest server where the step times of such a group are not known.
     """
-    ranks_alone = shape.gpus if load.clock.covers(shape.gpus) else max(shape.servers)
-    alone = shape_server(FleetShape(servers=(ranks_alone,)), ranks_alone, load)
+    ranks = sum(shape.servers)
+    ranks_alone = ranks if load.clock.covers(shape.group(ranks)) else max(shape.servers)
+    alone = shape_server(
+        FleetShape(servers=(ranks_alone,), tensor=shape.tensor, expert=shape.expert), ranks_alone, load
+    )
     servers = [shape_server(shape, ranks, load) for ranks in shape.servers]
     whole = Simulation(
         trace=load.trace,
@@ -122,8 +138,9 @@ def build_fleet(shape: FleetShape, load: FleetLoad) -> Simulation:
     )
     if not shape.pairs:
         return whole
+    link = load.link(shape.tensor)
     settings = PairSettings(
-        link=load.link,
+        link=link,
         targets=load.targets,
         roles=_roles(shape),
         role_settings=RoleSettings() if shape.moves else None,
@@ -132,7 +149,7 @@ def build_fleet(shape: FleetShape, load: FleetLoad) -> Simulation:
     return replace(
         whole,
         dispatch=pair_gateways(settings, load.request),
-        transfers=TransferPlan(link=load.link),
+        transfers=TransferPlan(link=link),
         signals=SCRAPED if shape.stock else SignalPlan(),
     )
 

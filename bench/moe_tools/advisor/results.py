@@ -99,16 +99,20 @@ def explain(candidate: Candidate, split_share: float, preemptions: int) -> str:
         split_share: part of the requests that were split.
         preemptions: of its run.
     """
-    shape, ranks = candidate.shape, candidate.shape.servers[0]
+    shape, gpus = candidate.shape, candidate.shape.servers[0] * candidate.shape.tensor
     if shape.prefill is not None:
-        prompts = shape.prefill * ranks
+        prompts = shape.prefill * gpus
         parts = [f"prompts on {prompts} GPUs hold up no answer; answers share {shape.gpus - prompts} GPUs"]
-    elif ranks == 1:
+    elif gpus == 1:
         parts = ["a prompt holds up the answers of one GPU, and each GPU reads all experts"]
     else:
-        parts = [f"a prompt holds up the answers of {ranks} GPUs, each of which reads 1/{ranks} of the experts"]
+        read = f"1/{gpus} of the experts" if shape.expert else f"1/{shape.tensor} of each expert"
+        parts = [f"a prompt holds up the answers of {gpus} GPUs, each of which reads {read}"]
+    if shape.tensor > 1:
+        parts.append(f"{shape.tensor} GPUs compute each prompt together")
     if shape.moves:
-        parts.append(f"{split_share:.0%} of the requests split")
+        begin = f"{shape.begin} of {len(shape.servers)} servers began for prompts"
+        parts.append(f"{begin}, {split_share:.0%} of the requests split")
     if shape.redundant:
         parts.append(f"{shape.redundant} copies of experts a layer even the ranks out")
     if preemptions:
@@ -161,6 +165,8 @@ def to_document(row: Advice) -> dict[str, Any]:
     return {
         "servers": len(one.shape.servers),
         "ranks": one.shape.servers[0],
+        "tensor": one.shape.tensor,
+        "expert": one.shape.expert,
         "gpus": one.shape.gpus,
         "roles": one.roles,
         "step_tokens": one.step_tokens,

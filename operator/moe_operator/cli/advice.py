@@ -35,10 +35,14 @@ AnswerTokens = Annotated[
 ]
 Cost = Annotated[str | None, typer.Option(help="With --advise: preset of step times.", show_default="by the model")]
 Ttft = Annotated[
-    float | None, typer.Option(help="With --advise: bound of a good request's TTFT (s).", show_default="2")
+    float | None,
+    typer.Option(help="With --advise: bound of a good request's TTFT (s).", show_default="the file's target, or 2"),
 ]
 InterToken = Annotated[
-    float | None, typer.Option(help="With --advise: bound of its time between tokens (s).", show_default="0.05")
+    float | None,
+    typer.Option(
+        help="With --advise: bound of its time between tokens (s).", show_default="the file's target, or 0.05"
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="With --advise: seed of the shape.", show_default="0")]
 Output = Annotated[

@@ -12,7 +12,7 @@ from moe_contract.input_errors import InvalidInput
 from moe_tools.advisor import advise as advisor
 from moe_tools.advisor.advise import AdviceRequest, read_question
 from moe_tools.advisor.candidates import Candidate
-from moe_tools.advisor.clocks import MOST_KV_BLOCKS, RooflineClock
+from moe_tools.advisor.clocks import CLOCKS, MOST_KV_BLOCKS, RooflineClock, ServerParallelism
 from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
 from moe_tools.advisor.results import MODEL_ERROR, Advice, Bounds, explain, rank, render, to_document
 from moe_tools.cli import app
@@ -49,7 +49,7 @@ def on_gpu(product):
 
 
 def asked(path, **values):
-    return AdviceRequest(**{"file": path, "bounds": BOUNDS, "rate": 4.0, "requests": 20, **values})
+    return AdviceRequest(**{"file": path, "rate": 4.0, "requests": 20, **values})
 
 
 def errors(request):
@@ -69,7 +69,7 @@ def test_the_question_takes_gpus_limits_and_scheduling_of_the_file(resource):
     assert {row.step_tokens for row in question.candidates} == {4096}
     assert [row.servers for row in question.candidates if row.is_present] == ["2 of 2"]
     assert question.load.max_model_len == 8192
-    assert question.load.clock.cost(4) == FITTED_PRESETS["h100-qwen3-30b-a3b-kernels-dp4"].cost(4)
+    assert question.load.clock.cost(ServerParallelism(4)) == FITTED_PRESETS["h100-qwen3-30b-a3b-kernels-dp4"].cost(4)
     assert len(question.load.trace) == 20
     assert all(row.prompt_tokens + row.output_tokens <= 8192 for row in question.load.trace)
 
@@ -82,6 +82,22 @@ def test_the_question_takes_roles_and_bounds_of_the_file(resource):
     question = read_question(asked(path))
     assert [row.roles for row in question.candidates if row.is_present] == ["{prefill: 1, decode: 3}"]
     assert (question.load.targets.ttft_s, question.load.targets.inter_token_s) == (1.0, 0.02)
+    assert question.bounds == Bounds(ttft_s=1.0, inter_token_s=0.02)
+    assert read_question(asked(path, ttft_s=3.0)).bounds == Bounds(ttft_s=3.0, inter_token_s=0.02)
+
+
+def test_without_targets_and_options_the_bounds_are_those_of_the_documentation(resource):
+    assert read_question(asked(resource())).bounds == BOUNDS
+
+
+@pytest.mark.parametrize(
+    ("engine", "sequences"),
+    [({}, 1024), (on_gpu("NVIDIA-A100-80GB"), 256), ({"args": ["--max-num-seqs=96"]}, 96)],
+)
+def test_an_engine_has_as_many_sequences_as_vllm_on_that_gpu(resource, engine, sequences):
+    question = read_question(asked(resource(**engine)))
+    (server, *_) = build_fleet(question.candidates[0].shape, question.load).fleet
+    assert server.limits.max_num_seqs == sequences
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("8k", 8000), ("8K", 8192), ("4096", 4096)])
@@ -104,10 +120,52 @@ def test_requests_that_are_cut_are_counted(resource, tmp_path):
     assert question.cut == 20
 
 
-def test_tensor_parallel_shapes_are_compared_with_the_others_and_are_none_of_them(resource):
+@pytest.mark.parametrize(
+    ("parallelism", "replicas", "servers"),
+    [
+        ({"tensor": 2}, 2, "2 of tensor 2"),
+        ({"tensor": 2, "expert": True}, 2, "2 of tensor 2, experts spread"),
+        ({"tensor": 2, "data": 2, "expert": True}, 1, "1 of tensor 2 x data 2, experts spread"),
+        ({"data": 4, "expert": True}, 1, "1 of 4"),
+        ({}, 4, "4 of 1"),
+    ],
+)
+def test_servers_with_tensor_parallelism_are_compared_where_they_were_measured(
+    resource, parallelism, replicas, servers
+):
+    path = resource("hf://Qwen/Qwen3.6-35B-A3B", replicas=replicas, parallelism=parallelism)
+    question = read_question(asked(path))
+    assert {row.shape.gpus for row in question.candidates} == {4}
+    assert [row.servers for row in question.candidates if row.is_present] == [servers]
+    assert {row.servers for row in question.candidates} == {
+        "1 of 4", "4 of 1", "1 of tensor 4", "1 of tensor 4, experts spread", "2 of tensor 2",
+        "2 of tensor 2, experts spread", "1 of tensor 2 x data 2, experts spread",
+    }  # fmt: skip
+    assert question.excluded == []
+
+
+def test_a_file_with_tensor_parallelism_that_was_not_measured_gets_the_others(resource):
     question = read_question(asked(resource(replicas=2, parallelism={"tensor": 2})))
     assert {row.shape.gpus for row in question.candidates} == {4}
     assert not any(row.is_present for row in question.candidates)
+
+
+@pytest.mark.parametrize(("name", "known"), CLOCKS.items())
+def test_each_clock_names_presets_of_its_groups(name, known):
+    for group, preset in known.fitted.items():
+        assert FITTED_PRESETS[preset].ranks == group.ranks, name
+        assert (FITTED_PRESETS[preset].model.expert_ranks > 1) == (group.expert and group.gpus > 1), name
+
+
+def test_blocks_travel_between_ranks_of_several_gpus_over_all_their_links(resource):
+    path = resource("hf://Qwen/Qwen3.6-35B-A3B", replicas=4)
+    question = read_question(asked(path))
+    links = {
+        row.servers: build_fleet(row.shape, question.load).transfers.link.bytes_per_s
+        for row in question.candidates
+        if row.shape.prefill == 1
+    }
+    assert links["2 of tensor 2"] == 2 * links["4 of 1"]
 
 
 def test_a_trace_is_cut_and_sped_up_to_the_rate(resource, tmp_path):
@@ -127,7 +185,7 @@ def test_a_trace_is_cut_and_sped_up_to_the_rate(resource, tmp_path):
         ({"rate": -1.0}, {}, ["--rate: must be more than 0, got -1"]),
         ({"rate": math.nan}, {}, ["--rate: must be more than 0, got nan"]),
         ({"requests": 3}, {}, ["--requests: must be 20 or more, got 3"]),
-        ({"bounds": Bounds(ttft_s=0.0, inter_token_s=1.0)}, {}, ["--ttft: must be more than 0"]),
+        ({"ttft_s": 0.0}, {}, ["--ttft: must be more than 0"]),
         ({"cost": "h200"}, {}, ["--cost: unknown 'h200'; known: a100-qwen3-30b-a3b, b300"]),
         ({"shape": "round"}, {}, ["shape: unknown 'round'; known: average"]),
         ({}, {"runtime": "vllm-cpu"}, ["spec.engine.runtime: step times of CPUs are not in the model"]),
@@ -168,7 +226,7 @@ def test_the_step_times_are_those_of_the_files_gpu_and_model_and_say_their_error
     assert source.split(":")[0] in question.clock
     assert said in question.clock
     assert ("assumed" in question.clock) == (not engine)
-    document = advisor.build_document(asked(resource(uri)), question, [])
+    document = advisor.build_document(question, [])
     assert document["cost_error"] == question.clock
 
 
@@ -179,16 +237,16 @@ def test_a_gpu_whose_name_contains_another_ones_is_not_taken_for_it(resource):
 
 @pytest.mark.parametrize(("ranks", "copies"), [(1, 0), (3, 0), (4, 4)])
 def test_copies_of_experts_are_tried_where_the_experts_divide_among_the_ranks(ranks, copies):
-    assert RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"]).copies(ranks) == copies
+    assert RooflineClock(preset=PRESETS["h100-qwen3-30b-a3b"]).copies(ServerParallelism(ranks)) == copies
 
 
 def test_shapes_without_fitted_step_times_are_left_out_by_name(resource):
-    question = read_question(asked(resource("hf://Qwen/Qwen3.6-35B-A3B", replicas=4)))
-    assert {row.servers for row in question.candidates} == {"1 of 4", "4 of 1"}
-    (left,) = question.excluded
-    assert (left.servers, left.reason) == ("2 of 2", "step times of a group of 2 are not among the fitted ones")
+    question = read_question(asked(resource("hf://deepseek-ai/DeepSeek-V4-Flash", replicas=8)))
+    assert {row.servers for row in question.candidates} == {"2 of 4", "2 of tensor 4, experts spread"}
+    assert [row.servers for row in question.excluded] == ["1 of 8", "4 of 2", "8 of 1"]
+    assert question.excluded[1].reason == "step times of a group of 2 are not among the fitted ones"
     # Their placement is that of the measured engine.
-    assert question.load.clock.copies(4) == 0
+    assert question.load.clock.copies(ServerParallelism(4)) == 0
 
 
 def test_a_roofline_serves_where_the_gpus_cannot_be_cut_into_measured_servers(resource):
@@ -196,7 +254,7 @@ def test_a_roofline_serves_where_the_gpus_cannot_be_cut_into_measured_servers(re
     assert question.load.clock.source.startswith("modelled from kernels")
     question = read_question(asked(resource("hf://deepseek-ai/DeepSeek-V3", replicas=24)))
     assert question.load.clock.source.startswith("modelled: roofline of DeepSeek-V3")
-    assert question.load.clock.copies(8) == 8
+    assert question.load.clock.copies(ServerParallelism(8)) == 8
 
 
 @pytest.mark.parametrize(
@@ -247,7 +305,10 @@ def test_the_best_shape_keeps_the_bounds_most_often_and_then_ends_soonest(better
         (advice((4, 4)), "answers of 4 GPUs"),
         (advice((1, 1)), "answers of one GPU"),
         (advice((2, 2, 2), prefill=1, pairs=True), "prompts on 2 GPUs hold up no answer; answers share 4 GPUs"),
-        (advice((2, 2), pairs=True, moves=True), "25% of the requests split"),
+        (
+            advice((2, 2), pairs=True, moves=True, begin=1),
+            "1 of 2 servers began for prompts, 25% of the requests split",
+        ),
         (advice((4,), redundant=4), "4 copies of experts"),
     ],
 )
@@ -291,7 +352,7 @@ def test_errors_of_the_command_are_lines_with_status_2(resource):
 def test_the_log_of_vllm_is_no_part_of_the_advice(resource, monkeypatch):
     logger = logging.getLogger("moe_tools.test.vllm")
 
-    def simulate_loudly(question, bounds):
+    def simulate_loudly(question):
         print("loaded")
         # As vLLM does when it is imported.
         logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -320,6 +381,7 @@ def test_a_whole_run_prints_every_shape_as_json(resource):
     shapes = document["shapes"]
     assert [row["is_present"] for row in shapes].count(True) == 1
     assert {row["roles"] for row in shapes} == {"unified", "auto", "{prefill: 1, decode: 1}"}
+    assert [" servers began for prompts" in row["why"] for row in shapes] == [row["roles"] == "auto" for row in shapes]
     # Four shapes, and other steps of the best.
     assert len(shapes) in (6, 7)
     assert [row["gpus"] for row in shapes] == [2] * len(shapes)

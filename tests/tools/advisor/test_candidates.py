@@ -4,11 +4,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moe_tools.advisor.candidates import PresentShape, list_candidates, list_refinements
+from moe_tools.advisor.clocks import ServerParallelism
 
 
-def candidates(gpus=8, *, present=None, room=lambda ranks: 10**6, longest=16_384, step_tokens=2048):
-    present = present if isinstance(present, PresentShape) else PresentShape(ranks=present)
-    return list_candidates(gpus, step_tokens=step_tokens, present=present, kv_tokens=room, longest_tokens=longest)
+def candidates(
+    gpus=8,
+    *,
+    present=0,
+    room=lambda group: 10**6,
+    groups=lambda gpus: [ServerParallelism(gpus)],
+    longest=16_384,
+    step_tokens=2048,
+):
+    present = present if isinstance(present, PresentShape) else PresentShape(group=ServerParallelism(present))
+    return list_candidates(
+        gpus, step_tokens=step_tokens, present=present, groups=groups, kv_tokens=room, longest_tokens=longest
+    )
 
 
 def test_the_shapes_of_four_gpus():
@@ -31,8 +42,11 @@ def test_the_shapes_of_four_gpus():
 @pytest.mark.parametrize(
     ("present", "roles"),
     [
-        (PresentShape(ranks=1, roles="auto"), "auto"),
-        (PresentShape(ranks=1, roles="{prefill: 1, decode: 7}", prefill=1), "{prefill: 1, decode: 7}"),
+        (PresentShape(group=ServerParallelism(1), roles="auto"), "auto"),
+        (
+            PresentShape(group=ServerParallelism(1), roles="{prefill: 1, decode: 7}", prefill=1),
+            "{prefill: 1, decode: 7}",
+        ),
     ],
 )
 def test_the_shape_of_the_file_is_one_of_them_whatever_its_roles(present, roles):
@@ -46,7 +60,7 @@ def test_one_gpu_has_one_shape():
 
 
 def test_servers_whose_kv_cache_does_not_hold_a_request_are_named_with_the_reason():
-    found, excluded = candidates(4, room=lambda ranks: 20_000 if ranks > 1 else -5)
+    found, excluded = candidates(4, room=lambda group: 20_000 if group.ranks > 1 else -5)
     assert {row.servers for row in found} == {"1 of 4", "2 of 2"}
     assert [row.servers for row in excluded] == ["4 of 1"]
     assert "0 tokens of KV cache" in excluded[0].reason
@@ -54,9 +68,23 @@ def test_servers_whose_kv_cache_does_not_hold_a_request_are_named_with_the_reaso
 
 
 def test_servers_without_step_times_are_named():
-    found, excluded = candidates(4, room=lambda ranks: None if ranks == 2 else 10**6)
+    found, excluded = candidates(4, groups=lambda gpus: [] if gpus == 2 else [ServerParallelism(gpus)])
     assert {row.servers for row in found} == {"1 of 4", "4 of 1"}
     assert [(row.servers, "not among the fitted" in row.reason) for row in excluded] == [("2 of 2", True)]
+
+
+def test_servers_of_one_size_differ_in_their_parallelism():
+    groups = {
+        4: [ServerParallelism(4), ServerParallelism(1, 4, False)],
+        2: [ServerParallelism(1, 2), ServerParallelism(2, 1, False)],
+        1: [],
+    }
+    found, _ = candidates(4, groups=groups.get, present=PresentShape(group=ServerParallelism(1, 2), roles="auto"))
+    assert list(dict.fromkeys(row.servers for row in found)) == [
+        "1 of 4", "1 of tensor 4", "2 of tensor 2, experts spread", "2 of data 2",
+    ]  # fmt: skip
+    assert {row.shape.gpus for row in found} == {4}
+    assert [(row.servers, row.roles) for row in found if row.is_present] == [("2 of tensor 2, experts spread", "auto")]
 
 
 @given(gpus=st.integers(1, 64), step_tokens=st.sampled_from([512, 2048]))

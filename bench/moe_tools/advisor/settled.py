@@ -1,7 +1,7 @@
 """The roles that a fleet settles at: `plan_roles`, carried out again and again on the load of a warm-up run.
 
-Roles move once a minute at most, and a run of the comparison lasts for seconds. So `auto` begins with the roles that it
-would have after some minutes of the same kind of load, found on requests of a seed of their own.
+Roles move once a minute at most, and a simulated run lasts for seconds. So `auto` begins with the roles that it would
+have after some minutes of the same kind of load.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from statistics import fmean
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad
 from moe_scheduling.fleet.roles import RoleHistory, RoleSettings, SetRole, plan_roles
+
 from moe_tools.advisor.fleet import FleetLoad, FleetShape, build_fleet
 from moe_tools.simulator.pair_router import PairGateway
 from moe_tools.simulator.simulation import load_vllm, simulate

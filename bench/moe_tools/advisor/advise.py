@@ -112,7 +112,8 @@ def run_advise(asked: AdviceRequest, output: str) -> None:
     if output == "json":
         sys.stdout.write(json.dumps(build_document(question, rows), indent=2) + "\n")
     else:
-        Console().print(render(rows, question.excluded, question.bounds, question.clock))
+        console = Console(highlight=False)
+        console.print(render(rows, question.excluded, question.bounds, question.clock, width=console.width))
 
 
 @contextmanager

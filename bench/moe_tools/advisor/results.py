@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from moe_tools.advisor.candidates import Candidate, Excluded
 from moe_tools.simulator.outcome import WARM_UP_SHARE
 from moe_tools.simulator.simulation import SimulationResult
 
+# Columns of a terminal from which on the reasons stand in the table.
+WIDE = 140
 # docs/simulator.md, "Calibration": the comparisons of the simulator with a real engine.
 MODEL_ERROR = (
     "Modelled, not measured. With step times fitted to a real engine (vLLM 0.32 on a CPU) the simulator's mean TTFT "
@@ -126,31 +131,54 @@ def rank(rows: Sequence[Advice]) -> list[Advice]:
     return sorted(rows, key=lambda row: (row.failed > 0, round(most - row.good_share, 2), row.end_mean_s))
 
 
-def render(rows: Sequence[Advice], excluded: Sequence[Excluded], bounds: Bounds, clock: str) -> Table:
-    """The table, the best shape first; `clock` says whose step times they are, with their error."""
-    limits = f"TTFT {bounds.ttft_s * 1e3:,.0f} ms, TPOT {bounds.inter_token_s * 1e3:,.0f} ms"
-    omitted = [f"Left out: {row.servers}: {row.reason}." for row in excluded]
-    table = Table(
-        title=f"Shapes, the best first (good: within {limits})",
-        caption="\n".join(["* as in the file", *omitted, clock, MODEL_ERROR]),
-        title_justify="left",
-        caption_justify="left",
+def render(
+    rows: Sequence[Advice], excluded: Sequence[Excluded], bounds: Bounds, clock: str, *, width: int
+) -> RenderableType:
+    """The table, the best shape first, and what belongs to it in words.
+
+    Args:
+        rows: ranked.
+        excluded: servers that were not simulated.
+        bounds: of a good request.
+        clock: whose step times they are, with their error.
+        width: columns of the terminal; in a narrow one the reasons stand below the table, by the numbers of the rows.
+    """
+    is_wide = width >= WIDE
+    title = (
+        f"Shapes, the best first; good: TTFT within {bounds.ttft_s * 1e3:,.0f} ms, TPOT within "
+        f"{bounds.inter_token_s * 1e3:,.0f} ms; * as in the file"
     )
-    for name in ("servers", "roles", "tokens a step", "copies", "TTFT / P99", "TPOT / P99", "good", "GPU s / good"):
-        table.add_column(name, justify="left" if name in ("servers", "roles") else "right", no_wrap=name != "roles")
-    table.add_column("why")
-    for row in rows:
+    reasons = {row.why: [number for number, other in enumerate(rows, 1) if other.why == row.why] for row in rows}
+    below = [] if is_wide else [f"{', '.join(map(str, numbers))}: {why}." for why, numbers in reasons.items()]
+    omitted = [f"Left out: {row.servers}: {row.reason}." for row in excluded]
+    return Group(Text(title), _build_table(rows, is_wide=is_wide), *map(Text, [*below, *omitted, clock, MODEL_ERROR]))
+
+
+def _build_table(rows: Sequence[Advice], *, is_wide: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, show_edge=False)
+    table.add_column("", justify="right")
+    for name, least in (("servers", 14), ("roles", 12)):
+        table.add_column(name, min_width=least)
+    has_copies = any(row.candidate.shape.redundant for row in rows)
+    good = "good\n1/s, part" if is_wide else "good"
+    headings = ["tokens\na step", "TTFT, ms\nmean, P99", "TPOT, ms\nmean, P99", good, "GPU s\na good"]
+    for name in headings + (["copies"] if has_copies else []):
+        table.add_column(name, justify="right", no_wrap=True)
+    if is_wide:
+        table.add_column("why")
+    for number, row in enumerate(rows, start=1):
         one = row.candidate
         table.add_row(
+            f"{number}",
             one.servers + (" *" if one.is_present else ""),
             one.roles,
             f"{one.step_tokens:,}",
-            f"{one.shape.redundant}",
-            f"{row.ttft_mean_s * 1e3:,.0f} / {row.ttft_p99_s * 1e3:,.0f} ms",
-            f"{row.tpot_mean_s * 1e3:,.1f} / {row.tpot_p99_s * 1e3:,.1f} ms",
-            f"{row.good_per_s:,.2f}/s ({row.good_share:.0%})",
+            f"{row.ttft_mean_s * 1e3:.0f}, {row.ttft_p99_s * 1e3:.0f}",
+            f"{row.tpot_mean_s * 1e3:,.1f}, {row.tpot_p99_s * 1e3:,.1f}",
+            f"{row.good_per_s:,.2f}, {row.good_share:.0%}" if is_wide else f"{row.good_share:.0%}",
             f"{row.gpu_s:,.2f}",
-            row.why,
+            *([f"{one.shape.redundant}"] if has_copies else []),
+            *([row.why] if is_wide else []),
         )
     return table
 

@@ -317,15 +317,21 @@ def test_the_reason_names_the_answers_that_a_prompt_holds_up(row, words):
     assert "3 preemptions" in explain(row.candidate, 0.25, 3)
 
 
-def test_the_table_says_that_it_is_modelled_and_which_shape_is_the_files():
-    row = advice()
-    row = replace(row, candidate=replace(row.candidate, is_present=True))
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(render([row], [], BOUNDS, "Step times: fitted to a clock."))
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_fits_and_says_that_it_is_modelled_and_which_shape_is_the_files(width):
+    row = replace(advice(roles="{prefill: 1, decode: 1}"), why="prompts hold up no answer")
+    words = "2 of tensor 2 x data 2, experts spread"
+    present = replace(row, candidate=replace(row.candidate, is_present=True, servers=words))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render([row, present], [], BOUNDS, "Step times: fitted to a clock.", width=width))
     text = console.export_text()
-    assert "1 of 4 *" in text
-    assert "Modelled, not measured" in text
-    assert "Step times: fitted to a clock." in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text, "nothing is cut"
+    words = " ".join(text.split())
+    for part in ("spread *", "Modelled, not measured", "Step times: fitted to a clock.", "100, 200", "10.0, 20.0"):
+        assert part in words
+    assert ("1, 2: prompts hold up no answer." in words) == (width == 80)
+    assert words.count("prompts hold up no answer") == (1 if width == 80 else 2)
+    assert "copies" not in text
 
 
 def test_a_figure_that_is_infinite_is_null_in_json():

@@ -5,10 +5,10 @@
 # JSON Schema says that a pattern is about the string, not about its text in JSON: `^C:\\[a-z]+$` means C:\temp, and its text is
 # "C:\\temp", the backslash twice. xgrammar and outlines-core put the pattern between the quotes as it is. So the right text is
 # forbidden, and what the model must write is another string ("C:\temp" has a tab in it) or no JSON at all ("C:\qemp").
-# lm-format-enforcer allows neither, so nothing ends the answer. llguidance alone does it right. Of outlines-core the same is true
-# of each pattern that excludes something else: `^[^,]+$` lets it write "a"b".
+# lm-format-enforcer allows none of these. llguidance alone does it right. Of outlines-core the same is true of each pattern that
+# excludes something else: `^[^,]+$` lets it write "a"b".
 #
-# vLLM finds nothing in such a schema that xgrammar lacks, so `auto`, its default, takes it; no warning says so.
+# vLLM's check of what xgrammar lacks lets such a schema pass, so `auto`, its default, takes it; no warning says so.
 # Who is hurt: whoever asks for paths, regular expressions or formulas with a schema, and parses the "guaranteed" JSON.
 # What follows: `--structured-outputs-config.backend guidance` where patterns name a backslash or a quote.
 # Seen on 2026-11-30, Python 3.11, Linux. Downloads 2 GB, since xgrammar needs torch; no engine starts.
@@ -29,7 +29,8 @@ import xgrammar
 from llguidance import LLMatcher, LLTokenizer
 from lmformatenforcer import JsonSchemaParser
 from outlines_core.json_schema import build_regex_from_schema
-from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
 
 END = 256
 TOKENS = xgrammar.TokenizerInfo([bytes([value]) for value in range(256)] + [b"</s>"], stop_token_ids=[END])
@@ -63,7 +64,9 @@ BACKENDS = {"xgrammar": by_xgrammar, "llguidance": by_llguidance, "outlines-core
 CASES = {r"^C:\\[a-z]+$": [r'"C:\\temp"', r'"C:\temp"', r'"C:\qemp"'], "^[^,]+$": ['"ab"', '"a"b"']}
 for pattern, texts in CASES.items():
     schema = {"type": "string", "pattern": pattern}
-    print(f"seen: {pattern}: vLLM takes it for unsupported by xgrammar: {has_xgrammar_unsupported_json_features(schema)}")
+    # What `auto` does to choose: it takes xgrammar unless this raises.
+    validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(json=json.dumps(schema))))
+    print(f"seen: {pattern}: good enough for xgrammar, says vLLM")
     for text in texts:
         try:
             fits = "fits" if re.search(pattern, json.loads(text)) else "another string"
@@ -78,10 +81,10 @@ wanted=$(sed -n 's/^# \(seen: .*\)/\1/p' "$0")
 [ "$seen" = "$wanted" ] || { echo "behaves otherwise now" >&2; exit 1; }
 if grep -iq 'pattern' "$folder/log"; then echo "a warning says so now" >&2; exit 1; fi
 # Output seen, which is what the script compares with:
-# seen: ^C:\\[a-z]+$: vLLM takes it for unsupported by xgrammar: False
+# seen: ^C:\\[a-z]+$: good enough for xgrammar, says vLLM
 # seen: "C:\\temp" (fits) is allowed by llguidance
 # seen: "C:\temp" (another string) is allowed by xgrammar, outlines-core
 # seen: "C:\qemp" (no JSON) is allowed by xgrammar, outlines-core
-# seen: ^[^,]+$: vLLM takes it for unsupported by xgrammar: False
+# seen: ^[^,]+$: good enough for xgrammar, says vLLM
 # seen: "ab" (fits) is allowed by xgrammar, llguidance, outlines-core, lm-format-enforcer
 # seen: "a"b" (no JSON) is allowed by outlines-core

@@ -85,7 +85,7 @@ async def answer(request: web.Request) -> web.Response:
 
 
 async def call(number: int, port: int) -> str:
-    """What came of the call, and how long after its first request."""
+    """The outcome of the call, and how long after its first request."""
     command = [*CALLS[number][2].split(), f"http://127.0.0.1:{port}/{number}"]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()

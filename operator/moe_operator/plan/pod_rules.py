@@ -15,6 +15,7 @@ from typing import Any
 from moe_contract.input_errors import InputError, render_choices, unknown_choice
 
 from moe_operator.api.pod_schema import LIST, ROOT, PodField, load_types
+from moe_operator.plan.pod_forms import find_broken_forms, find_broken_references
 
 Document = Mapping[str, Any]
 Mistake = tuple[str, str]
@@ -85,10 +86,6 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "SecretProjection": ("name",),
     "SecretVolumeSource": ("secretName",),
 }
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-_LABELS, _DOMAINS = ("hostname", "subdomain"), ("priorityClassName", "runtimeClassName", "serviceAccountName")
-_PORT_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
 _NATIVE = ("cpu", "memory", "ephemeral-storage")
 _OWN_DOMAIN = "kubernetes.io/"
 _LEADING_ZEROS = re.compile(r"(?<![0-9a-fA-F:])0+(?=[0-9])")
@@ -118,6 +115,8 @@ def _walk(given: Document, now: Document, type_name: str) -> Iterator[Mistake]:
     yield from _out_of_range(now, type_name)
     yield from _out_of_set(now, type_name)
     yield from _exclusive(now, type_name)
+    yield from find_broken_forms(now, type_name)
+    yield from find_broken_references(now, type_name)
     for rule in _RULES.get(type_name, ()):
         yield from rule(now)
     for name, value in given.items():
@@ -262,21 +261,6 @@ def _amount(value: Any) -> Decimal | None:
     return number.scaleb(_FACTORS[suffix]) if suffix in _FACTORS else None
 
 
-def _name(now: Document) -> Iterator[Mistake]:
-    yield from _names(now, ("name",), _LABEL, "at most 63 small letters, digits and dashes are needed")
-
-
-def _names(now: Document, fields: Iterable[str], form: re.Pattern[str], wanted: str) -> Iterator[Mistake]:
-    for field in fields:
-        if (name := now.get(field)) and not form.fullmatch(name):
-            yield f".{field}", f"{wanted}, got {name!r:.80}"
-
-
-def _port_name(now: Document) -> Iterator[Mistake]:
-    wanted = "at most 15 small letters, digits and dashes are needed, a letter among them"
-    yield from _names(now, ("name",), _PORT_NAME, wanted)
-
-
 def _address(now: Document) -> Iterator[Mistake]:
     """Of a host's alias, and of DNS servers; there numbers of IPv4 may have leading zeros."""
     for place, text in ((".ip", now.get("ip")), *((".nameservers", row) for row in now.get("nameservers") or ())):
@@ -299,8 +283,6 @@ def _pod(now: Document) -> Iterator[Mistake]:
     """What the template of a workload's pods may not have, and what needs the pod as a whole."""
     if now.get("restartPolicy") not in (None, "", "Always"):
         yield ".restartPolicy", "the pods of a workload have Always"
-    yield from _names(now, _LABELS, _LABEL, "at most 63 small letters, digits and dashes are needed")
-    yield from _names(now, _DOMAINS, _DOMAIN, "the name of an object is needed")
     if now.get("dnsPolicy") == "None" and not now.get("dnsConfig"):
         yield ".dnsConfig", "is needed for the dnsPolicy None"
     for name in ("activeDeadlineSeconds", "ephemeralContainers"):
@@ -331,8 +313,7 @@ def _host_ports(containers: Iterable[Document]) -> Iterator[Mistake]:
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 _RULES: Mapping[str, Sequence[Rule]] = {
     "AppArmorProfile": (_profile,),
-    "Container": (_name, _probes),
-    "ContainerPort": (_port_name,),
+    "Container": (_probes,),
     "HostAlias": (_address,),
     "LabelSelectorRequirement": (_requirement,),
     "NodeSelectorRequirement": (_requirement,),
@@ -342,5 +323,4 @@ _RULES: Mapping[str, Sequence[Rule]] = {
     "SeccompProfile": (_profile,),
     "SecurityContext": (_privileges,),
     "Toleration": (_toleration,),
-    "Volume": (_name,),
 }

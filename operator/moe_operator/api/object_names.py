@@ -36,6 +36,11 @@ def is_object_name(text: str) -> bool:
     return len(text) <= LONGEST_DOMAIN and re.fullmatch(DOMAIN, text) is not None
 
 
+def namespace_problem(text: str) -> str:
+    """Why no namespace can have this name; empty where one can."""
+    return "" if text and re.fullmatch(_NAMESPACE, text) else f"{_NAMESPACE_MESSAGE}, got {text!r:.80}"
+
+
 def key_problem(key: str) -> str:
     """Why no label can have this key; empty where one can."""
     is_good = len(key.partition("/")[0]) <= LONGEST_DOMAIN and re.fullmatch(KEY, key)

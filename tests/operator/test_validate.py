@@ -154,6 +154,19 @@ def test_a_bare_value_is_what_kubectl_reads(text: str, value: object) -> None:
     assert parse_document(f"a: {text}\n", "FILE") == {"a": value}
 
 
+def test_a_null_that_a_server_side_apply_refuses_is_a_note(tmp_path: Path) -> None:
+    spec = (
+        "{model: {uri: hf://org/a, cache: null}, engine: {image: null, replicas: null}, gateway: null, autoscaling: ~}"
+    )
+    file = tmp_path / "a.yaml"
+    file.write_text(HEAD + f"spec: {spec}\n")
+    result = run("validate", "-f", str(file))
+    assert (result.exit_code, result.stdout) == (0, f"{file}: valid\n")
+    places = [line.split(": ")[1] for line in result.stderr.splitlines()]
+    assert places == ["spec.model.cache", "spec.engine.image", "spec.autoscaling"]
+    assert all("a null is refused by `kubectl apply --server-side`" in line for line in result.stderr.splitlines())
+
+
 def test_half_of_a_character_is_refused_wherever_it_stands(tmp_path: Path) -> None:
     metadata = 'metadata: {name: a, annotations: {note: "\\ud800"}}\n'
     text = VALID.replace("metadata: {name: a}\n", metadata)

@@ -26,7 +26,7 @@ _SERVICE = "[a-z]([a-z0-9-]*[a-z0-9])?"
 _SERVICE_MESSAGE = "a name is up to 63 small letters, digits and '-', a letter first and no '-' last"
 _NAMESPACE_MESSAGE = "the name of a namespace is up to 63 small letters, digits and '-', a letter or digit at both ends"
 _CLASS_MESSAGE = "a class is up to 63 letters, digits, '.', '_' and '-', after a domain and '/' where it has one"
-_RESOURCE_MESSAGE = "a domain, '/' and up to 63 letters, digits, '.', '_' and '-' are needed, such as nvidia.com/gpu"
+RESOURCE_MESSAGE = "a domain, '/' and up to 63 letters, digits, '.', '_' and '-' are needed, such as nvidia.com/gpu"
 # Of all annotations of an object, keys and values together (bytes).
 MOST_ANNOTATIONS = 256 * 1024
 
@@ -34,6 +34,12 @@ MOST_ANNOTATIONS = 256 * 1024
 def is_object_name(text: str) -> bool:
     """Whether an object can have this name."""
     return len(text) <= LONGEST_DOMAIN and re.fullmatch(DOMAIN, text) is not None
+
+
+def is_resource_name(text: str) -> bool:
+    """Whether the text names a resource of a domain, such as GPUs; quotas put `requests.` before it."""
+    is_good = re.fullmatch(_OF_DOMAIN, text) and not text.startswith("requests.")
+    return bool(is_good) and not key_problem(f"requests.{text}")
 
 
 def namespace_problem(text: str) -> str:
@@ -99,6 +105,12 @@ def _check(form: str, message: str, longest: int) -> Callable[[str], str]:
     return check
 
 
+def _check_resource(text: str) -> str:
+    if not is_resource_name(text):
+        raise ValueError(f"{RESOURCE_MESSAGE}, got {text!r:.80}")
+    return text
+
+
 def _field(form: str, longest: int) -> object:
     return Field(json_schema_extra={"pattern": f"^{form}$", "maxLength": longest})
 
@@ -111,9 +123,7 @@ Namespace = Annotated[str, _field(_NAMESPACE, 63), AfterValidator(_check(_NAMESP
 LabelKey = Annotated[str, _field(KEY, _LONGEST_KEY), AfterValidator(_check(KEY, KEY_MESSAGE, _LONGEST_KEY))]
 LabelValue = Annotated[str, _field(VALUE, 63), AfterValidator(_check(VALUE, _VALUE_MESSAGE, 63))]
 ClassName = Annotated[str, _field(KEY, _LONGEST_KEY), AfterValidator(_check(KEY, _CLASS_MESSAGE, _LONGEST_KEY))]
-ResourceName = Annotated[
-    str, _field(_OF_DOMAIN, LONGEST_DOMAIN), AfterValidator(_check(_OF_DOMAIN, _RESOURCE_MESSAGE, LONGEST_DOMAIN))
-]
+ResourceName = Annotated[str, _field(_OF_DOMAIN, LONGEST_DOMAIN), AfterValidator(_check_resource)]
 # A rule of a map, in CEL.
 LABEL_KEYS_RULE = {
     "rule": f"self.all(key, key.indexOf('/') <= {LONGEST_DOMAIN} && key.matches('^{KEY}$'))",

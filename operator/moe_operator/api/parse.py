@@ -40,8 +40,16 @@ def load_resource(path: Path) -> MoEServing:
     Raises:
         InvalidInput: the file cannot be read, or is no valid resource.
     """
-    resource = parse_resource(load_document(path))
-    return _with_absolute_uri(resource, path.absolute().parent)
+    return parse_resource_of(path, load_document(path))
+
+
+def parse_resource_of(path: Path, document: object) -> MoEServing:
+    """The resource in the document of a file, which was read already.
+
+    Raises:
+        InvalidInput: the document is no valid resource.
+    """
+    return _with_absolute_uri(parse_resource(document), path.absolute().parent)
 
 
 def parse_resource(document: object) -> MoEServing:

@@ -21,6 +21,7 @@ _PART = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[ -<>-~]+")
 _ENTRY = re.compile(r"[-._a-zA-Z0-9]{1,253}")
 _HEADER = re.compile(r"[-A-Za-z0-9]+")
+_SEARCH = re.compile(r"[.]|(?=.{1,254}$)_?[a-z0-9]([-_a-z0-9]*[a-z0-9])?(\._?[a-z0-9]([-_a-z0-9]*[a-z0-9])?)*\.?")
 _SYSCTL = re.compile(r"(?=.{1,253}$)[a-z0-9]([-_a-z0-9]*[a-z0-9])?([./][a-z0-9]([-_a-z0-9]*[a-z0-9])?)*")
 _SUBSCRIPT = re.compile(r"metadata\.(annotations|labels)\['(?P<key>[^']*)'\]")
 
@@ -71,17 +72,24 @@ _part = _matching(_PART, "at most 63 small letters, digits and dashes are needed
 _port_name = _matching(_PORT_NAME, "at most 15 small letters, digits and dashes are needed, a letter among them")
 _variable = _matching(_VARIABLE, "the name of a variable has no '=', and is plain text")
 _header = _matching(_HEADER, "the name of a header is letters, digits and dashes")
+_search = _matching(_SEARCH, "a domain in small letters is needed")
 _sysctl = _matching(_SYSCTL, "the name of a kernel parameter is small letters and digits with '.', '/', '_' and '-'")
+
+
+def _port(text: str) -> str:
+    return f"a number stands without quotes, got {text!r:.80}" if text.isdecimal() else _port_name(text)
+
 
 # Of texts, of each text of a list, and of port numbers where they are given as a text.
 _FORMS: Mapping[str, Mapping[str, Form]] = {
-    "ConfigMapKeySelector": {"key": _entry},
+    "ConfigMapEnvSource": {"name": _domain},
+    "ConfigMapKeySelector": {"key": _entry, "name": _domain},
     "Container": {"name": _part, "image": _trimmed},
     "ContainerPort": {"name": _port_name},
     "DownwardAPIVolumeFile": {"path": _new_file},
     "EnvFromSource": {"prefix": _variable},
     "EnvVar": {"name": _variable},
-    "HTTPGetAction": {"port": _port_name},
+    "HTTPGetAction": {"port": _port},
     "HTTPHeader": {"name": _header},
     "HostAlias": {"hostnames": _host},
     "HostPathVolumeSource": {"path": _straight},
@@ -98,12 +106,14 @@ _FORMS: Mapping[str, Mapping[str, Form]] = {
         "serviceAccountName": _domain,
         "subdomain": _part,
     },
-    "SecretKeySelector": {"key": _entry},
+    "PodDNSConfig": {"searches": _search},
+    "SecretEnvSource": {"name": _domain},
+    "SecretKeySelector": {"key": _entry, "name": _domain},
     "ServiceAccountTokenProjection": {"path": _new_file},
     "Sysctl": {"name": _sysctl},
-    "TCPSocketAction": {"port": _port_name},
+    "TCPSocketAction": {"port": _port},
     "Toleration": {"key": key_problem, "value": value_problem},
-    "TopologySpreadConstraint": {"topologyKey": key_problem},
+    "TopologySpreadConstraint": {"matchLabelKeys": key_problem, "topologyKey": key_problem},
     "Volume": {"name": _part},
     "VolumeMount": {"subPath": _relative},
 }

@@ -51,9 +51,29 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
             "no node has cpu: 4, memory: 64Gi free",
         ),
         (
-            unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {a: b}."),
+            unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {nvidia.com/gpu: present}."),
             "Unschedulable",
-            "no node can take the pod",
+            "nodes have the taint nvidia.com/gpu, which the pod does not tolerate; see tolerations in spec.engine.pod",
+        ),
+        (
+            unscheduled("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."),
+            "Unschedulable",
+            "no node has the labels that the pod asks for; see nodeSelector and affinity in spec.engine.podTemplate",
+        ),
+        (
+            unscheduled('0/1 nodes are available: persistentvolumeclaim "models" not found. not found'),
+            "Unschedulable",
+            "make the PersistentVolumeClaim models, which spec.model or spec.engine.podTemplate names",
+        ),
+        (
+            unscheduled("0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"),
+            "Unschedulable",
+            "a claim of the pod has no volume yet; look at its storage class and its provisioner",
+        ),
+        (
+            unscheduled("0/2 nodes are available: 2 Too many pods."),
+            "Unschedulable",
+            "no node can take the pod; add nodes or ask for less, see spec.engine",
         ),
         *(
             (

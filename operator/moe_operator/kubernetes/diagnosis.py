@@ -37,6 +37,9 @@ _ON_ITS_WAY = {"", "ContainerCreating", "PodInitializing", "CrashLoopBackOff"}
 NOT_FOUND = re.compile(r'\b(secret|configmap) "([^"]+)" not found', re.IGNORECASE)
 _NO_SUCH_KEY = re.compile(r"couldn't find key \S* ?in (Secret|ConfigMap) (\S+)")
 _TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
+# Of the scheduler (k8s.io/kubernetes v1.34, pkg/scheduler/framework/plugins).
+_NO_CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
+_TAINT = re.compile(r"untolerated taint(?:\(s\))? \{([^}: ]+)")
 # A scheduler looks at a pod within seconds; without one that answers to the pod's `schedulerName` nobody ever does.
 UNSEEN_FOR = timedelta(seconds=60)
 # A container that has run for so long since it was killed for its memory has recovered.
@@ -100,10 +103,26 @@ def _scheduling(pod: Document, now: datetime) -> Iterator[Finding]:
         yield from _unseen(pod, now)
     elif scheduled.get("status") == "False" and scheduled.get("reason") != GATED:
         detail = scheduled.get("message", "")
-        short = ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, detail))
-        advice = f"no node has {short} free" if short else "no node can take the pod"
-        section = f"spec.{component_of(pod) or ENGINE}"
-        yield _finding(pod, Reason.UNSCHEDULABLE, f"{advice}; add nodes or ask for less, see {section}", detail)
+        yield _finding(pod, Reason.UNSCHEDULABLE, _advise_scheduling(pod, detail), detail)
+
+
+def _advise_scheduling(pod: Document, detail: str) -> str:
+    """What keeps nodes from taking a pod, by the scheduler's message, and what to do about it."""
+    section = f"spec.{component_of(pod) or ENGINE}"
+    if absent := _NO_CLAIM.search(detail):
+        return f"make the PersistentVolumeClaim {absent[1]}, which spec.model or {section}.podTemplate names"
+    if "unbound immediate PersistentVolumeClaims" in detail:
+        return "a claim of the pod has no volume yet; look at its storage class and its provisioner"
+    if short := ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, detail)):
+        return f"no node has {short} free; add nodes or ask for less, see {section}"
+    if taints := [*dict.fromkeys(_TAINT.findall(detail))]:
+        named = ", ".join(taints)
+        return (
+            f"nodes have the taint {named}, which the pod does not tolerate; see tolerations in {section}.podTemplate"
+        )
+    if "didn't match Pod's node affinity/selector" in detail:
+        return f"no node has the labels that the pod asks for; see nodeSelector and affinity in {section}.podTemplate"
+    return f"no node can take the pod; add nodes or ask for less, see {section}"
 
 
 def _unseen(pod: Document, now: datetime) -> Iterator[Finding]:

@@ -131,17 +131,21 @@ def read_events(suspect: Suspect, events: Iterable[Document], now: datetime) -> 
 
 def _read_pod(suspect: Suspect, rows: Sequence[Document], now: datetime) -> Finding | None:
     reason, advice = Reason.CONTAINER_CREATING, _CREATING
-    warnings = [row for row in rows if row.get("type") == "Warning"]
+    pulls = [_time_of(row) for row in rows if row.get("reason") in ("Pulling", "Pulled")]
+    # Volumes and network are there before the first image is pulled: what kept them away is over then.
+    warnings = [row for row in rows if row.get("type") == "Warning" and not (pulls and _time_of(row) <= max(pulls))]
     for kind in _POD_REASONS:
         row = next((row for row in warnings if row.get("reason") == kind), None)
         if row is not None:
             reason, advice = _POD_REASONS[kind]
             return _finding(suspect, reason, _with_what_is_missing(advice, row), row)
-    if any(row.get("reason") in ("Pulling", "Pulled") for row in rows):
+    if pulls:
         # Its image is on its way, which for engines takes minutes; a failure has a status of its own.
         return None
-    if warnings:
-        return _finding(suspect, reason, advice, warnings[0])
+    # What was wrong before the pod had its node, such as `FailedScheduling`, is over.
+    newer = [row for row in warnings if suspect.since is None or _time_of(row) >= suspect.since]
+    if newer:
+        return _finding(suspect, reason, advice, newer[0])
     if suspect.since is not None and now - suspect.since > SILENT_FOR:
         quiet = "and there is no event that says why; is the kubelet of its node at work?"
         return _finding(suspect, reason, f"{advice}, {quiet}", {})

@@ -50,6 +50,17 @@ def test_what_the_operators_own_part_fills_is_no_gap_and_places_are_the_users() 
     ]
 
 
+def test_a_gateway_keeps_the_token_with_which_it_finds_engines() -> None:
+    assert problems({"spec": {"automountServiceAccountToken": False}}, "gateway") == [
+        "spec.gateway.podTemplate.spec.automountServiceAccountToken: "
+        "gateways read with the token of their ServiceAccount which engines there are"
+    ]
+    source = {"sources": [{"serviceAccountToken": {"path": "token"}}]}
+    own = {"automountServiceAccountToken": False, "volumes": [{"name": "mine", "projected": source}]}
+    assert problems({"spec": own}, "gateway") == []
+    assert problems({"spec": {"automountServiceAccountToken": False}}) == [], "engines have none"
+
+
 quantities = st.from_regex(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(n|u|m|k|M|E|Ki|Ei|[eE][+-]?[0-9]+)?", fullmatch=True)
 
 

@@ -167,6 +167,18 @@ def test_a_null_that_a_server_side_apply_refuses_is_a_note(tmp_path: Path) -> No
     assert all("a null is refused by `kubectl apply --server-side`" in line for line in result.stderr.splitlines())
 
 
+def test_a_grace_period_that_cuts_streams_is_a_note(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    template = "{podTemplate: {spec: {terminationGracePeriodSeconds: SECONDS}}}"
+    for seconds, is_noted in ((20, True), (142, True), (143, False)):
+        engine = template.replace("SECONDS", str(seconds))
+        file.write_text(HEAD + f"spec: {{model: {{uri: hf://org/a}}, engine: {engine}}}\n")
+        result = run("validate", "-f", str(file))
+        place = "note: spec.engine.podTemplate.spec.terminationGracePeriodSeconds: "
+        said = f"{seconds} s are less than engine.drainTimeout and its margin, 143 s: streams may be cut\n"
+        assert (result.exit_code, result.stderr) == (0, place + said if is_noted else "")
+
+
 def test_half_of_a_character_is_refused_wherever_it_stands(tmp_path: Path) -> None:
     metadata = 'metadata: {name: a, annotations: {note: "\\ud800"}}\n'
     text = VALID.replace("metadata: {name: a}\n", metadata)

@@ -15,7 +15,7 @@ from moe_operator.api import load_document, parse_resource_of
 from moe_operator.api.crd import render_crd
 from moe_operator.api.refused_nulls import find_refused_nulls
 from moe_operator.plan import Defaults, Observed, plan_cluster
-from moe_operator.plan.ignored import find_nulls
+from moe_operator.plan.ignored import find_nulls, find_short_graces
 
 INVALID = 2
 
@@ -39,6 +39,8 @@ def validate(file: File) -> None:
     for path in find_nulls(resource):
         advice = "a null reaches the cluster with `kubectl apply --server-side` alone; `$patch: delete` always does"
         typer.echo(one_line(f"note: {path}: {advice}"), err=True)
+    for path, text in find_short_graces(resource):
+        typer.echo(one_line(f"note: {path}: {text}"), err=True)
     typer.echo(f"{one_line(str(file))}: valid")
 
 

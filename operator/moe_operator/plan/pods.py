@@ -52,7 +52,7 @@ from moe_operator.plan.inference_pool import build_picker, picker_ports
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
-from moe_operator.plan.own import SECRET_VOLUME, check_cache_path, find_clashes
+from moe_operator.plan.own import SECRET_VOLUME, check_cache_path, check_gateway_token, find_clashes
 from moe_operator.plan.pod_environment import (
     build_cache_variables,
     build_own_pod_variables,
@@ -315,6 +315,8 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
     }
     merged = _merged(base, gateway.pod_template, "spec.gateway.podTemplate", {})
     _check_size(merged, "spec.gateway", "the annotations of podTemplate")
+    if problems := [*check_gateway_token(merged["spec"], "spec.gateway.podTemplate.spec")]:
+        raise InvalidInput(problems)
     return merged
 
 

@@ -413,7 +413,7 @@ def _find_login(kubeconfig: Path | None, context_name: str = "") -> _Login:
         context: Mapping[str, Any] = loader.current_context["context"]
     except Exception as error:
         # A file that is no kubeconfig fails in the loader in any way that a wrong type can.
-        raise _unusable(*tried, error) from None
+        raise _unusable(*tried, _explain(error, paths)) from None
     source = f"context {loader.current_context['name']} of {paths}"
     return _Login(context.get("namespace") or "default", loader, source)
 
@@ -422,6 +422,17 @@ def _configuration() -> Any:
     from kubernetes.aio.client import Configuration
 
     return Configuration()
+
+
+def _explain(error: Exception, paths: str) -> Exception:
+    """The error in words for people where it is one of the loader's own."""
+    from kubernetes.aio.config import ConfigException
+
+    if isinstance(error, ConfigException | OSError):
+        return error
+    mark = getattr(error, "problem_mark", None)
+    where = f" (line {mark.line + 1}: {getattr(error, 'problem', '')})" if mark is not None else ""
+    return ConfigException(f"{paths} is no kubeconfig{where}")
 
 
 def _unusable(*errors: Exception) -> LoginError:

@@ -129,8 +129,9 @@ def _input_error(row: Mapping[str, Any], fields_at: Callable[[Location], Iterabl
             return InputError(path, "required, but absent")
         case "enum" | "literal_error":
             return unknown_choice(path, row["input"], _choices(str(context["expected"])))
-        case "model_type" | "dataclass_type" | "dict_type" | "mapping_type":
-            return InputError(path, f"a mapping of fields is needed, got {_shorten(row['input'])}")
+        case "model_type" | "dataclass_type" | "dict_type" | "mapping_type" | "list_type" | "tuple_type" as kind:
+            needed = "a list" if kind in {"list_type", "tuple_type"} else "a mapping of fields"
+            return InputError(path, f"{needed} is needed, got {_shorten(row['input'])}")
         case "value_error":
             return InputError(path, str(context["error"]))
         case _:

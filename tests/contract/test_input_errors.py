@@ -135,7 +135,7 @@ REQUEST_FIELDS = ", ".join(sorted(field.name for field in fields(RequestSettings
         ({"env": 5}, "env: a mapping of fields is needed, got 5"),
         ({"request": 5}, "request: a mapping of fields is needed, got 5"),
         ({"engines": [None]}, "engines[0]: a mapping of fields is needed, got None"),
-        ({"engines": {}}, "engines: input should be a valid list, got {}"),
+        ({"engines": {}}, "engines: a list is needed, got {}"),
         (5, "a mapping of fields is needed, got 5"),
         ("[1]", "a mapping of fields is needed, got [1]"),
         ('{"count": 1.5}', "count: input should be a valid integer, got a number with a fractional part, got 1.5"),

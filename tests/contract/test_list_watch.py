@@ -314,13 +314,31 @@ async def test_errors_name_the_status_and_the_reason_of_the_server(api: FakeApi,
     assert "ClientConnectorError" in unreachable.message
 
 
-@pytest.mark.parametrize("text", [None, "", "[]", "{}", "current-context: a\ncontexts: []\n", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        "current-context: a\ncontexts: []\n",
+        "\x00",
+        "hello",
+        "contexts: [",
+        "contexts: 5\ncurrent-context: a",
+        "clusters: x",
+    ],
+)
 def test_a_file_that_is_no_kubeconfig_is_refused_with_a_reason(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "kubeconfig"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(LoginError, match=r"neither a pod's account nor a usable kubeconfig: ."):
+    with pytest.raises(LoginError, match=r"neither a pod's account nor a usable kubeconfig: ") as refused:
         ApiServer(path)
+    said = str(refused.value)
+    assert str(path) in said, "the file is named"
+    assert "object" not in said.replace("Expected object", ""), "no error of Python's own"
+    assert "\n" not in said
 
 
 def test_the_namespace_is_that_of_the_context(api: FakeApi) -> None:

@@ -56,6 +56,31 @@ SLEEP = {"lifecycle": {"preStop": {"sleep": {"seconds": 60}}}}
 AT_ITS_END = {"preStop": {"$patch": "replace", "exec": {"command": ["a"]}}}
 PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
+
+def mount(**fields: Any) -> Document:
+    return engine(volumeMounts=[{"name": "tmp", "mountPath": "/x", **fields}])
+
+
+def dns(**fields: Any) -> Document:
+    return {"spec": {"dnsConfig": fields}}
+
+
+def pod_security(**fields: Any) -> Document:
+    return {"spec": {"securityContext": fields}}
+
+
+def own_claim(**spec: Any) -> Document:
+    return volume(ephemeral={"volumeClaimTemplate": {"spec": spec}})
+
+
+def node_field(**requirement: Any) -> Document:
+    found = node_term(key="a", operator="Exists")
+    required = found["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    required["nodeSelectorTerms"] = [{"matchFields": [requirement]}]
+    return found
+
+
+STORAGE = {"requests": {"storage": "1Gi"}}
 # Each with the beginning of what is said, below `spec.engine.podTemplate.spec`.
 REFUSED: list[tuple[Document, str]] = [
     # Needed fields.
@@ -175,7 +200,7 @@ REFUSED: list[tuple[Document, str]] = [
         {"spec": {"terminationGracePeriodSeconds": 30, **side(**SLEEP)["spec"]}},
         "terminationGracePeriodSeconds: 30 is shorter than the pause of 60 s before the end of side",
     ),
-    ({"spec": {"dnsPolicy": "None"}}, "dnsConfig: is needed for the dnsPolicy None"),
+    ({"spec": {"dnsPolicy": "None"}}, "dnsConfig: nameservers are needed for the dnsPolicy None"),
     (
         {"spec": {"hostNetwork": True, **side(ports=[{"containerPort": 1, "hostPort": 2}])["spec"]}},
         "containers: hostPort 2: on the host's network that of side is 1",
@@ -193,9 +218,189 @@ REFUSED: list[tuple[Document, str]] = [
     (resources(limits={"rdma/hca": "500m"}), "containers[0].resources.limits.rdma/hca: a whole number is needed"),
     (resources(limits={"cpu": "-1"}), "containers[0].resources.limits.cpu: an amount of 0 or more is needed, got -1"),
     (resources(limits={"gpu": "1"}), "containers[0].resources.limits.gpu: unknown resource; known: cpu, memory, eph"),
+    (resources(limits={"a b/c": "1"}), "containers[0].resources.limits.a b/c: a domain, '/' and up to 63 letters"),
+    (resources(limits={f"a.b/{'x' * 64}": "1"}), "containers[0].resources.limits.a.b/xxxx"),
+    (resources(limits={"requests.a/b": "1"}), "containers[0].resources.limits.requests.a/b: a domain, '/' and up to"),
+    (resources(limits={"hugepages-2Mi": "4Mi"}), "containers[0].resources: hugepages-2Mi needs cpu or memory beside"),
+    (
+        resources(limits={"hugepages-2Mi": "3Mi", "memory": "1Gi"}),
+        "containers[0].resources.limits.hugepages-2Mi: a multiple of 2Mi is needed, got 3Mi",
+    ),
+    (volume(emptyDir={"sizeLimit": "-1"}), "volumes[0].emptyDir.sizeLimit: an amount of 0 or more is needed, got -1"),
+    # Names, keys and paths.
+    (engine(env=[{"name": "A=B", "value": "c"}]), "containers[0].env[0].name: the name of a variable has no '='"),
+    (
+        engine(envFrom=[{"prefix": "A=", "configMapRef": {"name": "a"}}]),
+        "containers[0].envFrom[0].prefix: the name of a variable has no '='",
+    ),
+    (
+        env(valueFrom={"secretKeyRef": {"name": "A_b", "key": "a"}}),
+        "containers[0].env[0].valueFrom.secretKeyRef.name: the name of an object is needed, got 'A_b'",
+    ),
+    (
+        env(valueFrom={"configMapKeyRef": {"name": "a", "key": "a b"}}),
+        "containers[0].env[0].valueFrom.configMapKeyRef.key: the key of an entry is letters",
+    ),
+    (
+        env(valueFrom={"secretKeyRef": {"name": "a", "key": ".."}}),
+        "containers[0].env[0].valueFrom.secretKeyRef.key: the",
+    ),
+    (
+        env(valueFrom={"fieldRef": {"fieldPath": "status.podIp"}}),
+        "containers[0].env[0].valueFrom.fieldRef.fieldPath: unknown 'status.podIp'; known: metadata.name, ",
+    ),
+    (
+        env(valueFrom={"fieldRef": {"fieldPath": "metadata.labels"}}),
+        "containers[0].env[0].valueFrom.fieldRef.fieldPath: unknown 'metadata.labels'; known: metadata.name, ",
+    ),
+    (
+        env(valueFrom={"fieldRef": {"fieldPath": "metadata.labels['a b']"}}),
+        "containers[0].env[0].valueFrom.fieldRef.fieldPath: a key is up to 63 letters",
+    ),
+    (
+        env(valueFrom={"resourceFieldRef": {"resource": "limits.gpu"}}),
+        "containers[0].env[0].valueFrom.resourceFieldRef.resource: unknown 'limits.gpu'; known: limits.cpu, ",
+    ),
+    (
+        env(valueFrom={"resourceFieldRef": {"resource": "limits.cpu", "divisor": "3"}}),
+        "containers[0].env[0].valueFrom.resourceFieldRef.divisor: unknown '3'; known: 1, 1m",
+    ),
+    (
+        volume(downwardAPI={"items": [{"path": "a", "fieldRef": {"fieldPath": "status.podIP"}}]}),
+        "volumes[0].downwardAPI.items[0].fieldRef.fieldPath: unknown 'status.podIP'; known: metadata.annotations, ",
+    ),
+    (
+        volume(downwardAPI={"items": [{"path": "a", "resourceFieldRef": {"resource": "limits.cpu"}}]}),
+        "volumes[0].downwardAPI.items[0].resourceFieldRef: containerName is needed",
+    ),
+    (
+        engine(startupProbe={"httpGet": {"port": "8080"}}),
+        "containers[0].startupProbe.httpGet.port: a number stands without quotes, got '8080'",
+    ),
+    (
+        engine(startupProbe={"httpGet": {"httpHeaders": [{"name": "a b", "value": "c"}]}}),
+        "containers[0].startupProbe.httpGet.httpHeaders[0].name: the name of a header is letters",
+    ),
+    (
+        side(ports=[{"name": "a", "containerPort": 1}, {"name": "a", "containerPort": 2}]),
+        "containers[0].ports: the name",
+    ),
+    (
+        side(ports=[{"containerPort": 1, "hostPort": 5}, {"containerPort": 2, "hostPort": 5}]),
+        "containers: hostPort 5 of side is taken by another port of the pod",
+    ),
+    (mount(subPath="../a"), "containers[0].volumeMounts[0].subPath: a path within the volume is needed"),
+    (mount(subPath="/a"), "containers[0].volumeMounts[0].subPath: a path within the volume is needed"),
+    (mount(mountPropagation="Bidirectional"), "containers[0].volumeMounts: Bidirectional at /x needs a privileged"),
+    (mount(recursiveReadOnly="Enabled"), "containers[0].volumeMounts[0].recursiveReadOnly: goes with readOnly alone"),
+    (volume(hostPath={"path": "/a/../b"}), "volumes[0].hostPath.path: a path without '..' is needed, got '/a/../b'"),
+    (
+        volume(configMap={"name": "a", "items": [{"key": "a", "path": "../b"}]}),
+        "volumes[0].configMap.items[0].path: a path within the volume is needed",
+    ),
+    (
+        volume(secret={"secretName": "a", "items": [{"key": "a", "path": "..b"}]}),
+        "volumes[0].secret.items[0].path: a path that does not begin with '..' is needed",
+    ),
+    (
+        own_claim(accessModes=["ReadWriteOnce"]),
+        "volumes[0].ephemeral.volumeClaimTemplate.spec.resources.requests: storage",
+    ),
+    (own_claim(resources=STORAGE), "volumes[0].ephemeral.volumeClaimTemplate.spec: accessModes is needed"),
+    (
+        own_claim(accessModes=["RWO"], resources=STORAGE),
+        "volumes[0].ephemeral.volumeClaimTemplate.spec.accessModes: unknown 'RWO'; known: ReadOnlyMany, ",
+    ),
+    ({"spec": {"nodeSelector": {"a b": "c"}}}, "nodeSelector.a b: a key is up to 63 letters"),
+    ({"spec": {"nodeSelector": {"a": "b c"}}}, "nodeSelector.a: a value of a label is up to 63 letters"),
+    (toleration(key="a b", operator="Exists"), "tolerations[0].key: a key is up to 63 letters"),
+    (toleration(key="a", value="b c"), "tolerations[0].value: a value of a label is up to 63 letters"),
+    (node_term(key="a b", operator="Exists"), "affinity.nodeAffinity."),
+    (node_field(key="metadata.labels", operator="In", values=["a"]), "affinity.nodeAffinity."),
+    (node_field(key="metadata.name", operator="In", values=["a", "b"]), "affinity.nodeAffinity."),
+    (node_field(key="metadata.name", operator="Exists"), "affinity.nodeAffinity."),
+    (
+        {
+            "spec": {
+                "affinity": {"podAffinity": {PREFERRED: [{"weight": 1, "podAffinityTerm": {"topologyKey": "a b"}}]}}
+            }
+        },
+        f"affinity.podAffinity.{PREFERRED}[0].podAffinityTerm.topologyKey: a key is up to 63 letters",
+    ),
+    (
+        spread(labelSelector={"matchLabels": {"a": "b c"}}),
+        "topologySpreadConstraints[0].labelSelector.matchLabels.a: a v",
+    ),
+    (spread(minDomains=2), "topologySpreadConstraints[0].minDomains: goes with DoNotSchedule alone"),
+    (spread(matchLabelKeys=["a"]), "topologySpreadConstraints[0].matchLabelKeys: goes with a labelSelector alone"),
+    ({"spec": {"hostAliases": [{"ip": "1.2.3.4", "hostnames": ["A b"]}]}}, "hostAliases[0].hostnames[0]: a host name"),
+    ({"spec": {"schedulingGates": [{"name": "a b"}]}}, "schedulingGates[0].name: a key is up to 63 letters"),
+    ({"spec": {"readinessGates": [{"conditionType": "a b"}]}}, "readinessGates[0].conditionType: a key is up to 63"),
+    # The resolver, kernel parameters, groups, and namespaces of the host.
+    (dns(nameservers=["1.1.1.1"] * 4), "dnsConfig.nameservers: at most 3 are taken, got 4"),
+    (dns(searches=["a b"]), "dnsConfig.searches[0]: a domain in small letters is needed, got 'a b'"),
+    (dns(options=[{"value": "1"}]), "dnsConfig.options[0]: name is needed"),
+    (
+        {"spec": {"dnsPolicy": "None", **dns(searches=["a"])["spec"]}},
+        "dnsConfig: nameservers are needed for the dnsPol",
+    ),
+    (pod_security(supplementalGroups=[-1]), "securityContext.supplementalGroups[0]: a number from 0 to 2147483647 is"),
+    (pod_security(sysctls=[{"name": "a b", "value": "1"}]), "securityContext.sysctls[0].name: the name of a kernel"),
+    (pod_security(sysctls=[{"name": "net.a", "value": "1"}] * 2), "securityContext.sysctls: 'net.a' stands twice"),
+    (
+        {"spec": {"hostNetwork": True, **pod_security(sysctls=[{"name": "net.a", "value": "1"}])["spec"]}},
+        "securityContext.sysctls: net.a is the node's own with hostNetwork",
+    ),
+    (
+        {"spec": {"hostIPC": True, **pod_security(sysctls=[{"name": "kernel.shmmax", "value": "1"}])["spec"]}},
+        "securityContext.sysctls: kernel.shmmax is the node's own with hostIPC",
+    ),
+    ({"spec": {"hostUsers": False, "hostPID": True}}, "hostUsers: false does not go with hostPID"),
+    ({"spec": {"shareProcessNamespace": True, "hostPID": True}}, "shareProcessNamespace: does not go with hostPID"),
+    (
+        engine(securityContext={"procMount": "Unmasked"}),
+        "containers: procMount Unmasked of engine needs hostUsers: false",
+    ),
+    (
+        side("initContainers", restartPolicy="Always", lifecycle={"preStop": {"sleep": {"seconds": 9999}}}),
+        "terminationGracePeriodSeconds: 143 is shorter than the pause of 9999 s before the end of side",
+    ),
+]
+
+# The API server takes these in a workload, and no pod of it ever runs.
+IN_VAIN: list[tuple[Document, str]] = [
+    (engine(image=" a:1"), "containers[0].image: a name without spaces around it is needed, got ' a:1'"),
+    (spread(topologyKey="a b"), "topologySpreadConstraints[0].topologyKey: a key is up to 63 letters"),
+    *(
+        (volume(emptyDir={"medium": medium}), f"volumes[0].emptyDir.medium: unknown '{medium}'; known: HugePages, ")
+        for medium in ("memory", "tmpfs", "hugepages")
+    ),
 ]
 
 TAKEN: list[Document] = [
+    engine(env=[{"name": "1 a.b-c", "value": "d"}]),
+    engine(envFrom=[{"prefix": "A_", "secretRef": {"name": "a.b"}}, {"configMapRef": {"name": "a"}}]),
+    env(valueFrom={"secretKeyRef": {"name": "a.b", "key": ".dockerconfigjson"}}),
+    env(valueFrom={"fieldRef": {"fieldPath": "metadata.annotations['A.b/C']"}}),
+    env(valueFrom={"fieldRef": {"fieldPath": "status.hostIPs"}}),
+    env(valueFrom={"resourceFieldRef": {"resource": "limits.cpu", "divisor": "1m"}}),
+    env(valueFrom={"resourceFieldRef": {"resource": "requests.memory", "divisor": "1Mi"}}),
+    volume(downwardAPI={"items": [{"path": "a/b", "fieldRef": {"fieldPath": "metadata.labels"}}]}),
+    volume(emptyDir={"sizeLimit": "0", "medium": "HugePages"}),
+    own_claim(accessModes=["ReadWriteOncePod"], resources=STORAGE),
+    mount(subPath="a/b..c", mountPropagation="HostToContainer"),
+    mount(readOnly=True, recursiveReadOnly="IfPossible"),
+    engine(startupProbe={"httpGet": {"port": "agent", "httpHeaders": [{"name": "X-A1", "value": ""}]}}),
+    side(ports=[{"containerPort": 1, "hostPort": 5}, {"containerPort": 2, "hostPort": 5, "protocol": "UDP"}]),
+    {"spec": {"nodeSelector": {"a.b/C_d": "", "x": "1.0-A"}}},
+    node_field(key="metadata.name", operator="NotIn", values=["a"]),
+    spread(labelSelector={"matchLabels": {"a": "b"}}, matchLabelKeys=["pod-template-hash"]),
+    dns(nameservers=["1.1.1.1"] * 3, searches=["svc.cluster.local", "a.", "_b.c"], options=[{"name": "ndots"}]),
+    pod_security(supplementalGroups=[0, 2**31 - 1], sysctls=[{"name": "net/ipv4.a_b", "value": "1"}]),
+    {"spec": {"hostUsers": False, **engine(securityContext={"procMount": "Unmasked"})["spec"]}},
+    {"spec": {"schedulingGates": [{"name": "a.b/c"}], "readinessGates": [{"conditionType": "a.b/C"}]}},
+    resources(limits={"hugepages-2Mi": "4Mi", "cpu": "1"}),
+    side("initContainers", restartPolicy="Always", lifecycle={"preStop": {"sleep": {"seconds": 143}}}),
     volume(),
     volume(persistentVolumeClaim={"claimName": "a"}),
     volume(projected={"sources": [{"secret": {"name": "a"}}, {"serviceAccountToken": {"path": "a"}}]}),

@@ -107,3 +107,29 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     code, said = invoke("upp")
     assert code == 2
     assert "No such command 'upp'" in said
+
+
+COMMAND = [sys.executable, "-m", "moe_operator.cli"]
+
+
+@pytest.mark.parametrize("words", [["crd"], ["--help"], ["doctor", "--local", "-o", "json"]])
+def test_an_output_that_a_shell_has_closed_is_no_error(words: list[str]) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *words], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("words", [["crd"], ["--help"]])
+def test_an_output_that_is_full_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "moeserving: the output cannot be written: no space left on device\n"
+
+
+def test_an_unknown_command_is_named_with_the_nearest_and_all_known() -> None:
+    code, said = invoke("stauts")
+    assert code == 2
+    assert "No such command 'stauts'. Did you mean status? Known: up, down, status" in said

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from moe_operator.kubernetes.conditions import (
     ConditionInputs,
     build_conditions,
     changed_conditions,
+    find_waker,
     is_bad,
     read_conditions,
     summarise,
@@ -66,11 +68,18 @@ def verdicts(inputs: ConditionInputs) -> dict[str, tuple[str, str, str]]:
         (replace(WELL, ready=1), "Progressing", "True", "EnginesStarting", "1 of 2 engines are ready"),
         (replace(WELL, ready=0), "Ready", "False", "NoEngine", "none of 2 engines accepts requests yet"),
         (
-            replace(WELL, ready=0, desired=0),
+            replace(WELL, ready=0, desired=0, waker="the next request wakes one"),
             "Ready",
             "True",
             "ScaledToZero",
             "no engine runs; the next request wakes one",
+        ),
+        (
+            replace(WELL, ready=0, desired=0),
+            "Ready",
+            "False",
+            "NoEngine",
+            "no engine is asked for, and no request starts one: the number is 0, or it is paused",
         ),
         (replace(WELL, ready=0, findings=[BROKEN]), "Ready", "False", "ImageCannotBePulled", BROKEN.message),
         (replace(WELL, ready=1, findings=[BROKEN]), "Ready", "True", "Serving", "1 of 2 engines accept requests"),
@@ -228,7 +237,7 @@ def test_there_is_one_condition_of_each_kind_and_none_changes_without_a_change(
     ("inputs", "line"),
     [
         (WELL, "Serving"),
-        (replace(WELL, ready=0, desired=0), "ScaledToZero"),
+        (replace(WELL, ready=0, desired=0, waker="one comes"), "ScaledToZero"),
         (replace(WELL, findings=[BROKEN]), "ImageCannotBePulled: the image x cannot be pulled"),
         (replace(WELL, gateways=0), "NoGateway: no gateway is ready yet"),
         (replace(WELL, paused=True), "Paused: spec.paused is set: everything is left as it is"),
@@ -241,3 +250,18 @@ def test_there_is_one_condition_of_each_kind_and_none_changes_without_a_change(
 )
 def test_one_line_says_what_is_wrong_or_that_it_serves(inputs: ConditionInputs, line: str) -> None:
     assert summarise(build_conditions(inputs, {}, NOW)) == line
+
+
+@pytest.mark.parametrize(
+    ("spec", "waker"),
+    [
+        ({}, ""),
+        ({"engine": {"replicas": 0}}, ""),
+        ({"autoscaling": {"mode": "internal"}}, "the next request wakes one"),
+        ({"autoscaling": {}}, "the next request wakes one"),
+        ({"autoscaling": {"mode": "external"}}, "the autoscaler beside it starts one"),
+        ({"autoscaling": {}, "paused": True}, ""),
+    ],
+)
+def test_ready_at_zero_is_only_what_something_starts(spec: dict[str, Any], waker: str) -> None:
+    assert find_waker({"spec": spec}) == waker

@@ -25,7 +25,7 @@ from moe_operator.api.crd import build_crd, generated_files, main, render_crd
 from moe_operator.api.engine import Engine, Parallelism
 from moe_operator.api.gateway import GatewayAutoscaling
 from moe_operator.api.model import Cache, Model
-from moe_operator.api.network import NetworkPeer
+from moe_operator.api.network import IpBlock, LabelRequirement, NetworkPeer
 from moe_operator.api.pods import GatewayService
 from moe_operator.api.replica import RoleOverride
 from moe_operator.api.resource import MoEServing, Spec
@@ -152,6 +152,8 @@ def test_every_rule_across_fields_is_in_the_crd() -> None:
         Model,
         Parallelism,
         NetworkPeer,
+        IpBlock,
+        LabelRequirement,
         PrefillAutoscaling,
         DecodeAutoscaling,
         RoleOverride,

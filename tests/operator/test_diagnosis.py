@@ -51,9 +51,29 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
             "no node has cpu: 4, memory: 64Gi free",
         ),
         (
-            unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {a: b}."),
+            unscheduled("0/1 nodes are available: 1 node(s) had untolerated taint {nvidia.com/gpu: present}."),
             "Unschedulable",
-            "no node can take the pod",
+            "nodes have the taint nvidia.com/gpu, which the pod does not tolerate; see tolerations in spec.engine.pod",
+        ),
+        (
+            unscheduled("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."),
+            "Unschedulable",
+            "no node has the labels that the pod asks for; see nodeSelector and affinity in spec.engine.podTemplate",
+        ),
+        (
+            unscheduled('0/1 nodes are available: persistentvolumeclaim "models" not found. not found'),
+            "Unschedulable",
+            "make the PersistentVolumeClaim models, which spec.model or spec.engine.podTemplate names",
+        ),
+        (
+            unscheduled("0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"),
+            "Unschedulable",
+            "a claim of the pod has no volume yet; look at its storage class and its provisioner",
+        ),
+        (
+            unscheduled("0/2 nodes are available: 2 Too many pods."),
+            "Unschedulable",
+            "no node can take the pod; add nodes or ask for less, see spec.engine",
         ),
         *(
             (
@@ -87,9 +107,25 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
             for reason in ("RegistryUnavailable", "SignatureValidationFailed")
         ),
         (
-            with_container(**waiting("CreateContainerConfigError", 'configmap "mine" not found')),
+            with_container(**waiting("CreateContainerConfigError", 'configmap "my-secret" not found')),
             "ContainerCannotStart",
-            "correct the pod's configuration",
+            "make the ConfigMap my-secret, which a podTemplate names",
+        ),
+        (
+            with_container(**waiting("CreateContainerConfigError", "couldn't find key a in ConfigMap ns/secrets")),
+            "ContainerCannotStart",
+            "add the key to the ConfigMap, or name another one",
+        ),
+        *(
+            (
+                with_container(**waiting("CreateContainerConfigError", message)),
+                "ContainerCannotStart",
+                "correct the pod's configuration",
+            )
+            for message in (
+                "failed to sync secret cache: timed out waiting for the condition",
+                "container has runAsNonRoot and image will run as root",
+            )
         ),
         (
             with_container(**waiting("RunContainerError", "exec: no such file")),
@@ -97,6 +133,11 @@ GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: 0/2 
             "the container cannot be started",
         ),
         (with_container(**ended("OOMKilled")), "OutOfMemory", "raise spec.engine.resources.memory or serve with less"),
+        (
+            with_container("initContainerStatuses", name="setup", state={"terminated": {"reason": "OOMKilled"}}),
+            "OutOfMemory",
+            "raise resources.limits.memory of the container setup in spec.engine.podTemplate",
+        ),
         (
             with_container(**ended(message="boom", exitCode=3)),
             "CrashLooping",
@@ -253,3 +294,26 @@ def test_a_pod_at_whose_address_another_answers_is_reported_once_it_is_ready() -
     (finding,) = find_problems([pod()], strangers, NOW)
     assert (finding.reason, finding.pod) == ("IdentityMismatch", "tiny-engine-a")
     assert find_problems([pod(ready=False)], strangers, NOW) == []
+
+
+@pytest.mark.parametrize(("minutes", "is_found"), [(1, True), (9, True), (10, False), (60 * 24, False)])
+def test_a_container_that_was_killed_for_its_memory_recovers(minutes: int, is_found: bool) -> None:
+    finished = (NOW - timedelta(minutes=minutes)).isoformat().replace("+00:00", "Z")
+    end = {"lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137, "finishedAt": finished}}}
+    found = with_container(**end, restartCount=1)
+    assert [row.reason for row in find_problems([found], States(), NOW)] == ["OutOfMemory"], "it is not ready"
+    found["status"]["containerStatuses"][0] |= {"ready": True, "state": {"running": {}}}
+    assert [row.reason for row in find_problems([found], States(), NOW)] == ["OutOfMemory"] * is_found
+
+
+def test_what_a_gateway_lacks_is_sought_in_the_section_of_gateways() -> None:
+    killed = pod("tiny-gateway-a", "gateway", ready=False)
+    killed["status"]["containerStatuses"] = [{"name": "gateway", "ready": False} | ended("OOMKilled")]
+    (finding,) = find_problems([killed], States(), NOW)
+    assert finding.message.startswith(
+        "raise resources.limits.memory of the container gateway in spec.gateway.podTemplate"
+    )
+    unplaced = pod("tiny-gateway-a", "gateway", ready=False)
+    unplaced["status"]["conditions"].append({"type": "PodScheduled", "status": "False", "message": "0/1 nodes"})
+    (finding,) = find_problems([unplaced], States(), NOW)
+    assert "see spec.gateway" in finding.message

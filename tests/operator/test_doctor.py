@@ -417,13 +417,15 @@ def test_the_report_for_programs_and_the_sum() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "checks", "status"), [((), CHECKS[:2], 0), ((), CHECKS, 1), (("-o", "json"), CHECKS, 1)]
+    ("words", "checks", "status"),
+    [((), CHECKS[:2], 0), ((), CHECKS, 1), (("-o", "json"), CHECKS, 1), (("-o", "yaml"), CHECKS, 1)],
 )
 def test_the_status_says_whether_there_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], checks: list[Check], status: int
 ) -> None:
     monkeypatch.setattr(command, "check_machine", lambda: checks)
     done = CliRunner().invoke(app, ["doctor", "--local", *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     assert (done.exit_code, "nodes" in done.output) == (status, True)
 
 

@@ -1,10 +1,14 @@
 """`moeserving drain` refuses the last engine of a fixed role that takes requests."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 from moe_contract.agent_state import READY, AgentState
 from moe_contract.input_errors import InvalidInput
 from moe_contract.kv_transfer import KvTransferState
-from moe_operator.cli.drain import check_drain
+from moe_operator.cli.drain import check_drain, find_limit_s
 from moe_scheduling.engine.disaggregation import EngineRole
 
 PREFILL, DECODE, UNIFIED = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.UNIFIED
@@ -51,3 +55,20 @@ def test_others_are_drained(states):
 def test_the_last_of_all_is_refused_as_such():
     with pytest.raises(InvalidInput, match="a is the last engine that takes requests"):
         check_drain("a", {"a": state(PREFILL), "b": state(DECODE, accepting=False)}, force=False)
+
+
+def test_the_time_that_streams_have_is_read_from_the_resource_as_the_cluster_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = {
+        "apiVersion": "moeserving.dev/v1alpha1",
+        "kind": "MoEServing",
+        "metadata": {"name": "tiny", "namespace": "prod", "uid": "0-1", "resourceVersion": "7", "generation": 1},
+        "spec": {"model": {"uri": "hf://org/a"}, "engine": {"drainTimeout": "7m"}},
+        "status": {"conditions": [], "aFieldOfALaterRelease": True},
+    }
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\ncat <<'END'\n{json.dumps(live)}\nEND\n")
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert find_limit_s("tiny", None, "prod", None) == 420

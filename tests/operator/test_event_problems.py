@@ -113,8 +113,26 @@ def test_of_several_events_of_a_reason_the_newest_counts_by_its_last_time() -> N
 def test_an_image_on_its_way_is_no_fault_however_long_it_takes(reason: str) -> None:
     late = Suspect(kind="Pod", name="tiny-engine-a", since=NOW - timedelta(hours=1))
     assert read_events(late, [event(reason, severity="Normal")], NOW) is None
-    mount = read_events(late, [event("FailedMount", at_s=9.0), event(reason, severity="Normal", at_s=1.0)], NOW)
-    assert mount is not None, "a volume of another container"
+    mount = read_events(late, [event("FailedMount", at_s=1.0), event(reason, severity="Normal", at_s=9.0)], NOW)
+    assert mount is not None, "as when the kubelet mounts all anew"
+
+
+def test_what_kept_a_pod_from_its_node_is_over_once_it_has_one() -> None:
+    late = event("FailedScheduling", "0/1 nodes are available", at_s=65.0)
+    assert read_events(SUSPECT, [late], NOW) is None
+    finding = read_events(SUSPECT, [late, event("SomethingNew", "broken", at_s=30.0)], NOW)
+    assert finding is not None
+    assert finding.message == "the container is not created (pod tiny-engine-a: SomethingNew: broken)"
+
+
+def test_what_kept_a_volume_away_is_over_once_the_image_is_pulled() -> None:
+    missing = event("FailedMount", 'secret "mine" not found', at_s=40.0)
+    pulling = event("Pulling", severity="Normal", at_s=20.0)
+    assert read_events(SUSPECT, [missing, pulling], NOW) is None
+    again = event("FailedMount", 'secret "other" not found', at_s=10.0)
+    finding = read_events(SUSPECT, [missing, pulling, again], NOW)
+    assert finding is not None
+    assert "make the Secret other" in finding.message
 
 
 def test_a_node_that_says_nothing_for_two_minutes_is_reported() -> None:

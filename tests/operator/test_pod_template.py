@@ -176,6 +176,10 @@ OWN_PORTS = "8000 (engine), 8080 (agent)"
          "spec.containers[0]: image is needed for 'vllm'; the operator's own container is 'engine'"),
         (with_container(volumeMounts=[{"mountPath": "/a", "name": "mine"}]),
          "spec.containers[0].volumeMounts[0].name: no volume 'mine'; known: cache, config, control, home, "),
+        ({"spec": {"initContainers": [
+            {"name": "a", "image": "i", "restartPolicy": "Always", "ports": [{"containerPort": 8080}]},
+         ]}},
+         f"spec.initContainers[0].ports[0]: clashes with the operator's own: {OWN_PORTS}"),
         ({"spec": {"initContainers": [{"name": "engine", "image": "a"}]}},
          "spec.initContainers: 'engine' is the name of another container of the pod"),
     ],
@@ -218,6 +222,7 @@ def test_all_that_is_lost_is_named() -> None:
         {"spec": {"initContainers": [
             {"name": "a", "image": "i", "volumeMounts": [{"mountPath": "/cache", "name": "cache"}]},
         ]}},
+        {"spec": {"initContainers": [{"name": "a", "image": "i", "ports": [{"containerPort": 8080}]}]}},
         {"spec": {"terminationGracePeriodSeconds": None, "securityContext": None, "serviceAccountName": None}},
         {"spec": None, "metadata": None},
         {"spec": {"tolerations": [{"operator": "Exists"}, {"operator": "Exists"}]}},

@@ -127,13 +127,88 @@ def test_each_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         ("a: {[x]: 2}\n", "a: a key must be a string, got a list or mapping at line 1"),
         ("a: &a [*a]\n", "FILE: expands to more than 100000 values"),
         ("[" * 2000, "FILE: values are nested more than 64 deep"),
-        ("a: 2024-13-45\n", "FILE: holds a value that cannot be read: month must be in 1..12"),
+        ("a: !!timestamp 2024-13-45\n", "FILE: holds a value that cannot be read: month must be in 1..12"),
         ("a" * (MAX_BYTES + 1), f"FILE: is larger than {MAX_BYTES} bytes"),
     ],
     ids=lambda value: repr(value)[:30],
 )
 def test_a_file_that_holds_no_document_is_reported_in_one_line(text: str | bytes, line: str, tmp_path: Path) -> None:
     assert errors_in(text, tmp_path) == [line]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2024-01-01", "2024-01-01"),
+        ("2024-01-01 10:00:00", "2024-01-01 10:00:00"),
+        ("80:80", "80:80"),
+        ("12:30:45.5", "12:30:45.5"),
+        ("-1:20", "-1:20"),
+        ("010", 8),
+        ("1_000", 1000),
+        ("off", False),
+        ("1.5", 1.5),
+    ],
+)
+def test_a_bare_value_is_what_kubectl_reads(text: str, value: object) -> None:
+    assert parse_document(f"a: {text}\n", "FILE") == {"a": value}
+
+
+def test_a_null_that_a_server_side_apply_refuses_is_a_note(tmp_path: Path) -> None:
+    spec = (
+        "{model: {uri: hf://org/a, cache: null}, engine: {image: null, replicas: null}, gateway: null, autoscaling: ~}"
+    )
+    file = tmp_path / "a.yaml"
+    file.write_text(HEAD + f"spec: {spec}\n")
+    result = run("validate", "-f", str(file))
+    assert (result.exit_code, result.stdout) == (0, f"{file}: valid\n")
+    places = [line.split(": ")[1] for line in result.stderr.splitlines()]
+    assert places == ["spec.model.cache", "spec.engine.image", "spec.autoscaling"]
+    assert all("a null is refused by `kubectl apply --server-side`" in line for line in result.stderr.splitlines())
+
+
+def test_a_grace_period_that_cuts_streams_is_a_note(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    template = "{podTemplate: {spec: {terminationGracePeriodSeconds: SECONDS}}}"
+    for seconds, is_noted in ((20, True), (142, True), (143, False)):
+        engine = template.replace("SECONDS", str(seconds))
+        file.write_text(HEAD + f"spec: {{model: {{uri: hf://org/a}}, engine: {engine}}}\n")
+        result = run("validate", "-f", str(file))
+        place = "note: spec.engine.podTemplate.spec.terminationGracePeriodSeconds: "
+        said = f"{seconds} s are less than engine.drainTimeout and its margin, 143 s: streams may be cut\n"
+        assert (result.exit_code, result.stderr) == (0, place + said if is_noted else "")
+
+
+def test_half_of_a_character_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    metadata = 'metadata: {name: a, annotations: {note: "\\ud800"}}\n'
+    text = VALID.replace("metadata: {name: a}\n", metadata)
+    assert errors_in(text, tmp_path) == ["FILE: holds half of a character at line 3"]
+    assert errors_in('a: {"\\udfff": 1}\n', tmp_path) == ["FILE: holds half of a character at line 1"]
+
+
+def test_what_a_cluster_gives_is_as_valid_as_what_was_applied(tmp_path: Path) -> None:
+    live = yaml.safe_load(VALID)
+    live["metadata"] |= {
+        "uid": "0-1",
+        "resourceVersion": "7",
+        "generation": 2,
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+        "finalizers": ["moeserving.dev/drain"],
+        "managedFields": [{"manager": "kubectl"}],
+    }
+    live["status"] = {"conditions": [], "aFieldOfALaterRelease": 1}
+    file = tmp_path / "a.yaml"
+    file.write_text(yaml.safe_dump(live))
+    assert run("validate", "-f", str(file)).exit_code == 0
+    del live["metadata"]["uid"]
+    assert "status.aFieldOfALaterRelease: unknown field" in errors_in(yaml.safe_dump(live), tmp_path)[0]
+    live["metadata"]["finaliser"] = []
+    assert "metadata.finaliser: unknown field" in errors_in(yaml.safe_dump(live), tmp_path)[0]
+
+
+def test_a_list_that_is_none_is_called_so(tmp_path: Path) -> None:
+    spec = "spec: {model: {uri: hf://org/a}, engine: {args: --a}}\n"
+    assert errors_in(HEAD + spec, tmp_path) == ["spec.engine.args: a list is needed, got '--a'"]
 
 
 def test_aliases_that_multiply_are_refused_before_they_are_expanded(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ async def test_a_number_set_through_scale_stays_until_the_resource_says_another(
 ) -> None:
     async with started(serving_cluster.kubeconfig, namespace) as operator:
         key = await served(operator, namespace, serving(**TWO_OF_EACH))
-        for count in (7, 2, 1):
+        for count in (7, 2, 0, 3, 0, 1):
             scale(serving_cluster, namespace, name, count)
             await look(operator, key)
             assert await replicas(operator, key, name) == count

@@ -2,7 +2,14 @@
 
 from moe_operator.api.document import load_document
 from moe_operator.api.engine import Runtime
-from moe_operator.api.parse import dump_resource, load_resource, parse_resource, resource_document, set_field
+from moe_operator.api.parse import (
+    dump_resource,
+    load_resource,
+    parse_resource,
+    parse_resource_of,
+    resource_document,
+    set_field,
+)
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
 from moe_operator.api.status import (
@@ -32,6 +39,7 @@ __all__ = [
     "load_document",
     "load_resource",
     "parse_resource",
+    "parse_resource_of",
     "request_settings",
     "resource_document",
     "set_field",

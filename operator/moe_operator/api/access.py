@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from moe_contract.access_config import check_jwks_url
 from pydantic import AfterValidator, Field
 
-from moe_operator.api.pods import Name
+from moe_operator.api.object_names import Name
 from moe_operator.api.section import Count, Rule, Section
 
 _Text = Annotated[str, Field(min_length=1, max_length=1024)]

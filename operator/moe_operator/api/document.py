@@ -4,9 +4,10 @@ Called with files that people wrote, so it trusts nothing: size, depth and what 
 value is built, and only YAML's plain types are built.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from moe_contract.input_errors import InputError, InvalidInput
@@ -17,6 +18,24 @@ MAX_DEPTH = 64
 
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _STRING_TAG = "tag:yaml.org,2002:str"
+# What YAML 1.1 reads as a date, or as a number to the base of 60, is a text for Kubernetes' own readers.
+_TEXT_FOR_KUBERNETES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_DATE_TAG = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain scalars as `kubectl` does."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [(tag, form) for tag, form in rows if tag != _DATE_TAG]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """The tag of a node."""
+        if kind is yaml.ScalarNode and implicit[0] and _TEXT_FOR_KUBERNETES.fullmatch(value):
+            return _STRING_TAG
+        return super().resolve(kind, value, implicit)
 
 
 def load_document(path: Path) -> object:
@@ -31,12 +50,12 @@ def load_document(path: Path) -> object:
 def parse_document(data: bytes | str, name: str) -> object:
     """The document in a text; `name` stands in the errors."""
     try:
-        loader = yaml.SafeLoader(data)
+        loader = _Loader(data)
     except yaml.YAMLError as error:
         _refuse(name, _describe(error))
     try:
         node = _only_node(loader, name)
-        errors = [*_check_expansion(node, name)] or [*_check_keys(node)]
+        errors = [*_check_expansion(node, name)] or [*_check_keys(node), *_check_texts(node, name)]
         if errors:
             raise InvalidInput(errors)
         return loader.construct_document(node)
@@ -126,6 +145,19 @@ def _check_keys(node: yaml.Node, path: str = "") -> Iterator[InputError]:
             yield InputError(below, f"stands twice, at lines {first_lines[key.value]} and {line}")
         first_lines.setdefault(key.value, line)
         yield from _check_keys(value, below)
+
+
+def _check_texts(root: yaml.Node, name: str) -> Iterator[InputError]:
+    """Escapes can write half of a character, which no JSON can hold."""
+    seen, waiting = set[int](), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        waiting += _children(node)
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= char <= "\udfff" for char in node.value):
+            yield InputError(name, f"holds half of a character at line {node.start_mark.line + 1}")
 
 
 def _describe(error: yaml.YAMLError) -> str:

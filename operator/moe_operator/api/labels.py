@@ -3,12 +3,12 @@
 A section that has both is an `ObjectMetadata`. Keys are checked here and by the API server, with the same words.
 """
 
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from moe_operator.api.object_names import LABEL_KEYS_RULE, LabelValue, key_problem
 from moe_operator.api.section import Section
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
@@ -26,9 +26,6 @@ RESERVED_LABELS = (MANAGED_BY, INSTANCE, COMPONENT)
 RESERVED_ANNOTATION_PREFIXES = ("moeserving.dev/", "kubectl.kubernetes.io/", "deployment.kubernetes.io/")
 
 MOST_KEYS = 32
-_KEY = r"^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
-_LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"
-_KEY_MESSAGE = "a key is up to 63 letters, digits, '.', '_' and '-', after a domain and '/' where it has one"
 
 
 def is_reserved_label(key: str) -> bool:
@@ -43,8 +40,8 @@ def _is_reserved_annotation(key: str) -> bool:
 def _check_keys(is_reserved: Callable[[str], bool], reserved: str) -> Callable[[dict[str, str]], dict[str, str]]:
     def check(values: dict[str, str]) -> dict[str, str]:
         for key in values:
-            if not re.fullmatch(_KEY, key):
-                raise ValueError(f"{_KEY_MESSAGE}, got {key!r:.80}")
+            if problem := key_problem(key):
+                raise ValueError(problem)
             if is_reserved(key):
                 raise ValueError(f"{key!r} is not yours to set; reserved: {reserved}")
         return values
@@ -57,7 +54,7 @@ def _rules(prefixes: tuple[str, ...], keys: tuple[str, ...], reserved: str) -> d
     known = "".join(f" || key == '{key}'" for key in keys)
     return {
         "x-kubernetes-validations": [
-            {"rule": f"self.all(key, key.size() < 318 && key.matches('{_KEY}'))", "message": _KEY_MESSAGE},
+            LABEL_KEYS_RULE,
             {"rule": f"!self.exists(key, {starts}{known})", "message": f"a reserved key; reserved: {reserved}"},
         ]
     }
@@ -67,7 +64,7 @@ _RESERVED_LABELS_TEXT = ", ".join((*(f"{prefix}*" for prefix in RESERVED_LABEL_P
 _RESERVED_ANNOTATIONS_TEXT = ", ".join(f"{prefix}*" for prefix in RESERVED_ANNOTATION_PREFIXES)
 
 Labels = Annotated[
-    dict[str, Annotated[str, Field(pattern=_LABEL_VALUE, max_length=63)]],
+    dict[str, LabelValue],
     Field(
         max_length=MOST_KEYS,
         json_schema_extra=_rules(RESERVED_LABEL_PREFIXES, RESERVED_LABELS, _RESERVED_LABELS_TEXT),

@@ -6,7 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from moe_operator.api.pods import Name, SecretKey
+from moe_operator.api.object_names import Name
+from moe_operator.api.pods import SecretKey
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import QuantityBetween
 

@@ -6,9 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
+from moe_operator.api.object_names import LABEL_KEYS_RULE, LabelKey, LabelValue, check_label_keys
 from moe_operator.api.section import Count, Flag, Rule, Section
-
-_Text = Annotated[str, Field(max_length=317)]
 
 
 class SelectorOperator(StrEnum):
@@ -23,19 +22,33 @@ class SelectorOperator(StrEnum):
 class LabelRequirement(Section):
     """A condition on one label."""
 
-    key: _Text = Field(description="Key of the label.")
+    key: LabelKey = Field(description="Key of the label.")
     operator: SelectorOperator = Field(description="How its value is compared.")
-    values: Annotated[tuple[_Text, ...], Field(max_length=32)] = Field(
+    values: Annotated[tuple[LabelValue, ...], Field(max_length=32)] = Field(
         default=(), description="Values for `In` and `NotIn`."
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="values",
+            message="values are needed for In and NotIn, and go with these alone",
+            cel="(self.operator in ['In', 'NotIn']) == (has(self.values) && self.values.size() > 0)",
+            holds=lambda row: (row.operator in (SelectorOperator.IN, SelectorOperator.NOT_IN)) == bool(row.values),
+        ),
     )
 
 
 class LabelSelector(Section):
     """Conditions on labels, all of which must hold; without any everything is selected."""
 
-    match_labels: Annotated[dict[str, _Text], Field(max_length=32)] = Field(
-        default={}, description="Labels and the values that they must have."
-    )
+    match_labels: Annotated[
+        dict[str, LabelValue],
+        Field(
+            max_length=32,
+            json_schema_extra={"x-kubernetes-validations": [LABEL_KEYS_RULE]},
+        ),
+        AfterValidator(check_label_keys),
+    ] = Field(default={}, description="Labels and the values that they must have.")
     match_expressions: Annotated[tuple[LabelRequirement, ...], Field(max_length=16)] = Field(
         default=(), description="Further conditions."
     )
@@ -52,12 +65,29 @@ def _check_cidr(text: str) -> str:
 Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$", max_length=49), AfterValidator(_check_cidr)]
 
 
+def _is_within(part: str, whole: str) -> bool:
+    inner, outer = ip_network(part, strict=False), ip_network(whole, strict=False)
+    is_smaller = inner.version == outer.version and inner.prefixlen > outer.prefixlen
+    return is_smaller and inner.supernet(new_prefix=outer.prefixlen) == outer
+
+
 class IpBlock(Section):
     """A range of IP addresses."""
 
     cidr: Cidr = Field(description="The range, of IPv4 or IPv6.")
     excepted: Annotated[tuple[Cidr, ...], Field(max_length=32)] = Field(
         default=(), alias="except", description="Ranges within it that are left out."
+    )
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            field="except",
+            message="each range that is left out has to lie in the range of cidr, and to be smaller",
+            cel="!has(self.except) || self.except.all(part, isCIDR(part) && isCIDR(self.cidr) && "
+            "cidr(self.cidr).containsCIDR(cidr(part)) && "
+            "cidr(part).prefixLength() > cidr(self.cidr).prefixLength())",
+            holds=lambda block: all(_is_within(part, block.cidr) for part in block.excepted),
+        ),
     )
 
 

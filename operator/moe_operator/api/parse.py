@@ -16,6 +16,23 @@ from pydantic import ValidationError
 from moe_operator.api.document import load_document, parse_document
 from moe_operator.api.resource import API_VERSION, KIND, MoEServing
 
+# Further metadata of an object of Kubernetes, most of it the server's: it says nothing about the deployment.
+_OTHER_METADATA = frozenset(
+    (
+        "creationTimestamp",
+        "deletionGracePeriodSeconds",
+        "deletionTimestamp",
+        "finalizers",
+        "generateName",
+        "generation",
+        "managedFields",
+        "ownerReferences",
+        "resourceVersion",
+        "selfLink",
+        "uid",
+    )
+)
+
 
 def load_resource(path: Path) -> MoEServing:
     """The resource in a YAML file, a relative `file://` of its model made absolute against the file's folder.
@@ -23,12 +40,20 @@ def load_resource(path: Path) -> MoEServing:
     Raises:
         InvalidInput: the file cannot be read, or is no valid resource.
     """
-    resource = parse_resource(load_document(path))
-    return _with_absolute_uri(resource, path.absolute().parent)
+    return parse_resource_of(path, load_document(path))
+
+
+def parse_resource_of(path: Path, document: object) -> MoEServing:
+    """The resource in the document of a file, which was read already.
+
+    Raises:
+        InvalidInput: the document is no valid resource.
+    """
+    return _with_absolute_uri(parse_resource(document), path.absolute().parent)
 
 
 def parse_resource(document: object) -> MoEServing:
-    """The resource in a document.
+    """The resource in a document, as a person writes it or as a cluster gives it.
 
     Raises:
         InvalidInput: the document is no valid resource.
@@ -40,7 +65,7 @@ def parse_resource(document: object) -> MoEServing:
     if errors := _check_header(document):
         raise InvalidInput(errors)
     try:
-        return MoEServing.model_validate(document, by_alias=True, by_name=False)
+        return MoEServing.model_validate(_written_part(document), by_alias=True, by_name=False)
     except ValidationError as error:
         raise invalid_input(MoEServing, error) from None
 
@@ -76,6 +101,17 @@ def set_field(document: Mapping[str, Any], assignment: str) -> dict[str, Any]:
             return as_text
         raise
     return changed
+
+
+def _written_part(document: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The document without what the API server wrote: metadata of any object, and the status of one that it has."""
+    metadata = document.get("metadata")
+    if not isinstance(metadata, Mapping):
+        return document
+    is_live = isinstance(metadata.get("uid"), str)
+    written = {name: value for name, value in metadata.items() if name not in _OTHER_METADATA}
+    parts = {name: value for name, value in document.items() if not (is_live and name == "status")}
+    return parts | {"metadata": written}
 
 
 def _check_header(document: Mapping[Any, Any]) -> list[InputError]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_contract.input_errors import Location, unknown_choice, unknown_field
 
+from moe_operator.api.object_names import annotation_key_problem, key_problem, value_problem
 from moe_operator.api.pod_schema import (
     ANYTHING,
     INT32,
@@ -53,6 +54,17 @@ def _check_metadata(metadata: Any) -> Iterator[Mistake]:
             yield ("metadata", name), unknown_field("", name, METADATA_PARTS).message
         else:
             yield from _check(part, PodField(type=MAP + STRING), ("metadata", name))
+            yield from _check_metadata_forms(name, part)
+
+
+def _check_metadata_forms(name: str, part: Any) -> Iterator[Mistake]:
+    """Keys and values that no label, or no annotation, can have."""
+    rows = part.items() if isinstance(part, Mapping) else ()
+    texts = {key: value for key, value in rows if isinstance(value, str) and not key.startswith("$")}
+    for key, value in texts.items():
+        problem = (key_problem(key) or value_problem(value)) if name == "labels" else annotation_key_problem(key)
+        if problem:
+            yield ("metadata", name, key), problem
 
 
 def _check(value: Any, field: PodField, place: Location) -> Iterator[Mistake]:

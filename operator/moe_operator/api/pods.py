@@ -7,14 +7,13 @@ from pydantic import AfterValidator, Field, Strict, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moe_operator.api.labels import ObjectMetadata
+from moe_operator.api.object_names import ClassName, Name
 from moe_operator.api.pod_template import METADATA_PARTS, find_mistakes
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import CountOrPercent
 
 Count = Annotated[int, Strict()]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=1024)]
-_CLASS_PATTERN = r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
 
 
 def _check_template(template: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +68,7 @@ class SecretKey(Section):
     """A key of a Secret in the resource's namespace. Only in a cluster; on one machine set the variable itself."""
 
     name: Name = Field(description="Name of the Secret.")
-    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=253)] = Field(
+    key: Annotated[str, Field(pattern=r"^[.]?[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=253)] = Field(
         default="token", description="Key in the Secret."
     )
 
@@ -95,7 +94,7 @@ class GatewayService(ObjectMetadata):
 
     type: ServiceType = Field(default=ServiceType.CLUSTER_IP, description="Type of the Service.")
     port: Annotated[Count, Field(ge=1, le=65535)] = Field(default=80, description="Port of the Service.")
-    load_balancer_class: Annotated[str, Field(pattern=_CLASS_PATTERN, max_length=317)] | None = Field(
+    load_balancer_class: ClassName | None = Field(
         default=None,
         description="Class of the load balancer, such as `service.k8s.aws/nlb`. Absent: the cluster's default. Only "
         "with the type `LoadBalancer`; Kubernetes does not let it change.",

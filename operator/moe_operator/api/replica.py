@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar
 from moe_contract.engine_process import KV_CACHE_OPTION, KV_TRANSFER_OPTION, RUN_DIR_VARIABLE
 from pydantic import AfterValidator, Field
 
+from moe_operator.api.object_names import ResourceName
 from moe_operator.api.pods import PodTemplate
 from moe_operator.api.section import Rule, Section
 from moe_operator.api.units import QuantityBetween
 
 Cpu = Annotated[str, QuantityBetween("100m", "1k", "2 or 500m")]
 Memory = Annotated[str, QuantityBetween("64Mi", "100Ti", "64Gi")]
-GpuResource = Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$", max_length=253)]
 SharedMemory = Annotated[str, QuantityBetween("64Mi", "1Ti", "8Gi")]
 KvCacheMemory = Annotated[str, QuantityBetween("1Mi", "1Ti", "4Gi")]
 EnvValue = Annotated[str, Field(pattern=r"^[^\x00]*$", max_length=4096)]
@@ -32,7 +32,7 @@ class Resources(Section):
         default=None,
         description="Memory of one pod of a replica, as request and limit (bytes). Absent: neither. Only in a cluster.",
     )
-    gpu_resource: GpuResource = Field(
+    gpu_resource: ResourceName = Field(
         default="nvidia.com/gpu",
         description="Name by which the cluster knows a GPU; with `vllm` each rank asks for one. Only in a cluster.",
     )
@@ -52,7 +52,7 @@ class RoleResources(Section):
 
     cpu: Cpu | None = Field(default=None, description="As `engine.resources.cpu`. Absent: the same.")
     memory: Memory | None = Field(default=None, description="As `engine.resources.memory`. Absent: the same.")
-    gpu_resource: GpuResource | None = Field(
+    gpu_resource: ResourceName | None = Field(
         default=None, description="As `engine.resources.gpuResource`, for GPUs of another kind. Absent: the same."
     )
     shared_memory: SharedMemory | None = Field(

@@ -6,7 +6,7 @@ The CRD and the reference table are generated from these models; the command lin
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from moe_operator.api.autoscaling import Autoscaling
 from moe_operator.api.engine import Engine
@@ -14,6 +14,7 @@ from moe_operator.api.gateway import Gateway
 from moe_operator.api.labels import CommonMetadata
 from moe_operator.api.model import Model
 from moe_operator.api.network import NetworkPolicySection
+from moe_operator.api.object_names import LabelValue, Namespace, ServiceName, check_annotations, check_label_keys
 from moe_operator.api.pods import Disruption, Metrics
 from moe_operator.api.scheduling import Scheduling
 from moe_operator.api.section import Flag, Rule, Section
@@ -68,12 +69,18 @@ class Spec(Section):
 class Metadata(Section):
     """The part of Kubernetes' object metadata that a person writes."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$", max_length=63)] = Field(
+    name: ServiceName = Field(
         description="Name of the deployment: lower-case letters, digits and hyphens, a letter first, at most 63."
     )
-    namespace: str | None = Field(default=None, description="Kubernetes namespace; without meaning on one machine.")
-    labels: dict[str, str] = Field(default={}, description="Kubernetes labels.")
-    annotations: dict[str, str] = Field(default={}, description="Kubernetes annotations.")
+    namespace: Namespace | None = Field(
+        default=None, description="Kubernetes namespace; without meaning on one machine."
+    )
+    labels: Annotated[dict[str, LabelValue], AfterValidator(check_label_keys)] = Field(
+        default={}, description="Kubernetes labels."
+    )
+    annotations: Annotated[dict[str, str], AfterValidator(check_annotations)] = Field(
+        default={}, description="Kubernetes annotations."
+    )
 
 
 class MoEServing(Section):

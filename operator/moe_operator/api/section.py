@@ -2,7 +2,8 @@
 
 A `Rule` is written once: its Python form runs here and its CEL form enters the CRD, so that the command line and the
 API server refuse the same things with the same words. Sections are frozen, refuse unknown keys, are camelCase in YAML,
-and read a null as "absent", as the API server does.
+and read a null as "absent", as a client-side `kubectl apply` does (`refused_nulls.py` has those that the API server
+refuses).
 """
 
 from collections.abc import Callable, Mapping

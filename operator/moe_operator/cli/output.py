@@ -41,7 +41,9 @@ def print_document(document: Any, output: OutputFormat) -> None:
     """Prints a document of JSON's types as JSON or YAML; letters that the output may lack are escaped."""
     has_all = "utf" in (sys.stdout.encoding or "").lower()
     if output is OutputFormat.YAML:
-        typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=has_all), nl=False)
+        # As JSON has it: a name of a closed set is a text.
+        plain = json.loads(json.dumps(document))
+        typer.echo(yaml.safe_dump(plain, sort_keys=False, allow_unicode=has_all), nl=False)
     else:
         typer.echo(json.dumps(document, indent=2, ensure_ascii=not has_all))
 

@@ -8,8 +8,10 @@ from typing import Annotated
 import psutil
 import typer
 import yaml
+from moe_contract.input_errors import InputError, InvalidInput
 
 from moe_operator.api import MoEServing, load_resource
+from moe_operator.api.object_names import namespace_problem
 from moe_operator.cli import advice
 from moe_operator.cli.validate import File, input_errors_shown
 from moe_operator.plan import (
@@ -70,6 +72,8 @@ def plan(
             text += render_local(plan_local(resource, _example_site(_example_ports(resource), cpus, gpus)))
         else:
             place = namespace or resource.metadata.namespace or "default"
+            if problem := namespace_problem(place):
+                raise InvalidInput([InputError("--namespace", problem)])
             observed = Observed(tokens=(secrets.token_urlsafe(32),), has_service_monitors=_asks_for_monitors(resource))
             text = render_cluster(plan_cluster(resource, place, observed, Defaults()))
     typer.echo(text, nl=False)

@@ -6,6 +6,7 @@ rooms, which the operator does not import, are found through an entry point.
 
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
@@ -93,6 +94,8 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """A command that is about to run."""
+        if args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
+            ctx.fail(_describe_unknown(args[0], self.list_commands(ctx)))
         name, shown, rest = super().resolve_command(ctx, args)
         command = load_command(name) if name else shown
         if name in _IN_A_CLUSTER:
@@ -105,6 +108,12 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             explain_missing(ctx.invoked_subcommand or "", error)
+
+
+def _describe_unknown(name: str, known: list[str]) -> str:
+    near = get_close_matches(name[:100], known, n=1)
+    nearest = f" Did you mean {near[0]}?" if near else ""
+    return f"No such command {name!r:.80}.{nearest} Known: {', '.join(known)}."
 
 
 def _refuse_a_cluster(name: str, command: Any, words: list[str]) -> None:

@@ -11,10 +11,11 @@ from typing import Annotated
 import typer
 from moe_contract.input_errors import InvalidInput
 
-from moe_operator.api import load_resource
+from moe_operator.api import load_document, parse_resource_of
 from moe_operator.api.crd import render_crd
+from moe_operator.api.refused_nulls import find_refused_nulls
 from moe_operator.plan import Defaults, Observed, plan_cluster
-from moe_operator.plan.ignored import find_nulls
+from moe_operator.plan.ignored import find_nulls, find_short_graces
 
 INVALID = 2
 
@@ -28,11 +29,18 @@ def validate(file: File) -> None:
     What is valid here and changes on its way into a cluster is a note on stderr.
     """
     with input_errors_shown():
-        resource = load_resource(file)
+        document = load_document(file)
+        resource = parse_resource_of(file, document)
         plan_cluster(resource, "default", Observed(tokens=("",)), Defaults())
+        refused = find_refused_nulls(document)
+    for path in refused:
+        advice = "a null is refused by `kubectl apply --server-side`, which Flux uses; leave the field out"
+        typer.echo(one_line(f"note: {path}: {advice}"), err=True)
     for path in find_nulls(resource):
         advice = "a null reaches the cluster with `kubectl apply --server-side` alone; `$patch: delete` always does"
         typer.echo(one_line(f"note: {path}: {advice}"), err=True)
+    for path, text in find_short_graces(resource):
+        typer.echo(one_line(f"note: {path}: {text}"), err=True)
     typer.echo(f"{one_line(str(file))}: valid")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_scheduling.engine.disaggregation import EngineRole
 
+from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.reasons import Reason
 from moe_operator.api.status import Condition, ConditionStatus, ExpertsStatus
 from moe_operator.experts.report import CONDITION as BALANCED
@@ -44,6 +45,7 @@ class ConditionInputs:
         ready: engines that accept requests.
         gateways: gateways that are ready.
         endpoint: whether clients reach a ready gateway through its Service.
+        waker: what starts an engine where none runs, in words; empty where nothing does.
         seen: whether a gateway sees an engine that takes requests; None when no gateway answers.
         starting: how far the engines are that start, in words.
         rolling: workloads that are not yet what was planned, in words.
@@ -69,6 +71,7 @@ class ConditionInputs:
     ready: int = 0
     gateways: int = 0
     endpoint: bool = True
+    waker: str = ""
     seen: bool | None = None
     starting: tuple[str, ...] = ()
     rolling: tuple[str, ...] = ()
@@ -142,9 +145,20 @@ def is_serving(inputs: ConditionInputs) -> bool:
 def _ready(inputs: ConditionInputs) -> Verdict:
     if is_serving(inputs):
         return TRUE, Reason.SERVING, f"{inputs.ready} of {inputs.desired} engines accept requests"
-    if inputs.gateways and inputs.endpoint and not inputs.desired and not inputs.ready and not inputs.invalid:
-        return TRUE, Reason.SCALED_TO_ZERO, "no engine runs; the next request wakes one"
+    can_wait = inputs.gateways and inputs.endpoint and inputs.waker and not inputs.invalid
+    if can_wait and not inputs.desired and not inputs.ready:
+        return TRUE, Reason.SCALED_TO_ZERO, f"no engine runs; {inputs.waker}"
     return (FALSE, *_why_not_ready(inputs))
+
+
+def find_waker(document: Mapping[str, Any]) -> str:
+    """What starts an engine of a resource where none runs, in words; empty where nothing does."""
+    spec = document.get("spec", {})
+    section = spec.get("autoscaling")
+    if section is None or spec.get("paused"):
+        return ""
+    is_own = section.get("mode", AutoscalingMode.INTERNAL) == AutoscalingMode.INTERNAL
+    return "the next request wakes one" if is_own else "the autoscaler beside it starts one"
 
 
 def _why_not_ready(inputs: ConditionInputs) -> tuple[Reason, str]:
@@ -160,7 +174,8 @@ def _why_not_ready(inputs: ConditionInputs) -> tuple[Reason, str]:
         return Reason.NO_ENDPOINT, "a gateway is ready, but not yet an endpoint of its Service"
     if inputs.gated:
         return Reason.SCHEDULING_GATED, "; ".join(inputs.gated)
-    return Reason.NO_ENGINE, f"none of {inputs.desired} engines accepts requests yet"
+    nobody = "no engine is asked for, and no request starts one: the number is 0, or it is paused"
+    return Reason.NO_ENGINE, f"none of {inputs.desired} engines accepts requests yet" if inputs.desired else nobody
 
 
 def _progressing(inputs: ConditionInputs) -> Verdict:

@@ -17,7 +17,7 @@ from moe_operator.autoscale.signal import States
 from moe_operator.kubernetes.exit_cause import explain_exit
 from moe_operator.kubernetes.finding import LONGEST_MESSAGE, Finding, build_finding
 from moe_operator.plan.names import COMPONENT, REVISION, ROLE, is_replica
-from moe_operator.plan.pod_status import GATED, component_of, condition_of, is_live, is_over, is_ready, label_of
+from moe_operator.plan.pod_status import ENGINE, GATED, component_of, condition_of, is_live, is_over, is_ready, label_of
 
 Document = dict[str, Any]
 
@@ -33,10 +33,17 @@ IMAGE_REASONS = {
 }
 # These say nothing by themselves: events, or how the container ended before, say more.
 _ON_ITS_WAY = {"", "ContainerCreating", "PodInitializing", "CrashLoopBackOff"}
-_SECRET_NOT_FOUND = re.compile(r'secret "([^"]+)" not found', re.IGNORECASE)
+# In messages of kubelets, about what a pod refers to.
+NOT_FOUND = re.compile(r'\b(secret|configmap) "([^"]+)" not found', re.IGNORECASE)
+_NO_SUCH_KEY = re.compile(r"couldn't find key \S* ?in (Secret|ConfigMap) (\S+)")
 _TOO_FEW = re.compile(r"Insufficient ([^\s,.]+(?:\.[a-z]+)*/?[^\s,.]*)")
+# Of the scheduler (k8s.io/kubernetes v1.34, pkg/scheduler/framework/plugins).
+_NO_CLAIM = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
+_TAINT = re.compile(r"untolerated taint(?:\(s\))? \{([^}: ]+)")
 # A scheduler looks at a pod within seconds; without one that answers to the pod's `schedulerName` nobody ever does.
 UNSEEN_FOR = timedelta(seconds=60)
+# A container that has run for so long since it was killed for its memory has recovered.
+RECOVERED_AFTER = timedelta(minutes=10)
 
 
 def find_problems(
@@ -56,7 +63,7 @@ def find_problems(
     newest_first = sorted(sorted(pods, key=_name), key=_created, reverse=True)
     for pod in filter(is_live, newest_first):
         found += _scheduling(pod, now)
-        found += _containers(pod)
+        found += _containers(pod, now)
         found += _engine(pod, states.engines.get(_name(pod)))
         found += _identity(pod, states)
     found += _over(newest_first, workloads)
@@ -96,9 +103,26 @@ def _scheduling(pod: Document, now: datetime) -> Iterator[Finding]:
         yield from _unseen(pod, now)
     elif scheduled.get("status") == "False" and scheduled.get("reason") != GATED:
         detail = scheduled.get("message", "")
-        short = ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, detail))
-        advice = f"no node has {short} free" if short else "no node can take the pod"
-        yield _finding(pod, Reason.UNSCHEDULABLE, f"{advice}; add nodes or ask for less, see spec.engine", detail)
+        yield _finding(pod, Reason.UNSCHEDULABLE, _advise_scheduling(pod, detail), detail)
+
+
+def _advise_scheduling(pod: Document, detail: str) -> str:
+    """What keeps nodes from taking a pod, by the scheduler's message, and what to do about it."""
+    section = f"spec.{component_of(pod) or ENGINE}"
+    if absent := _NO_CLAIM.search(detail):
+        return f"make the PersistentVolumeClaim {absent[1]}, which spec.model or {section}.podTemplate names"
+    if "unbound immediate PersistentVolumeClaims" in detail:
+        return "a claim of the pod has no volume yet; look at its storage class and its provisioner"
+    if short := ", ".join(f"{name}: {count}" for name, count in _missing_resources(pod, detail)):
+        return f"no node has {short} free; add nodes or ask for less, see {section}"
+    if taints := [*dict.fromkeys(_TAINT.findall(detail))]:
+        named = ", ".join(taints)
+        return (
+            f"nodes have the taint {named}, which the pod does not tolerate; see tolerations in {section}.podTemplate"
+        )
+    if "didn't match Pod's node affinity/selector" in detail:
+        return f"no node has the labels that the pod asks for; see nodeSelector and affinity in {section}.podTemplate"
+    return f"no node can take the pod; add nodes or ask for less, see {section}"
 
 
 def _unseen(pod: Document, now: datetime) -> Iterator[Finding]:
@@ -128,15 +152,14 @@ def _missing_resources(pod: Document, detail: str) -> Iterator[tuple[str, str]]:
                 yield name, requests[name]
 
 
-def _containers(pod: Document) -> Iterator[Finding]:
+def _containers(pod: Document, now: datetime) -> Iterator[Finding]:
     status = pod.get("status", {})
     images = {container["name"]: container.get("image", "") for container in pod["spec"]["containers"]}
     for container in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
         yield from _waiting(pod, container, images.get(container["name"], container.get("image", "")))
         last = container.get("lastState", {}).get("terminated", {})
-        if last.get("reason") == "OOMKilled":
-            advice = "raise spec.engine.resources.memory or serve with less"
-            yield _finding(pod, Reason.OUT_OF_MEMORY, advice, "OOMKilled")
+        if _is_short_of_memory(container, now):
+            yield _finding(pod, Reason.OUT_OF_MEMORY, _more_memory(pod, container["name"]), "OOMKilled")
         elif last and not container.get("ready") and container.get("restartCount", 0) > 0:
             # Between two tries it runs for a moment: until it is ready once, it is no better.
             code = last.get("exitCode", "?")
@@ -151,20 +174,44 @@ def _waiting(pod: Document, container: Document, image: str) -> Iterator[Finding
     if reason in IMAGE_REASONS:
         advice = f"the image {image} cannot be pulled; check its name, the registry and imagePullSecrets"
         yield _finding(pod, Reason.IMAGE_CANNOT_BE_PULLED, advice, f"{reason}: {detail}")
-    elif reason == "CreateContainerConfigError" and "secret" in detail.lower():
-        absent = _SECRET_NOT_FOUND.search(detail)
-        advice = (
-            f"make the Secret {absent[1]}, which spec.model.tokenSecret or a podTemplate names"
-            if absent
-            else "add the key to the Secret, or name another one"
-        )
-        yield _finding(pod, Reason.SECRET_MISSING, advice, detail)
     elif reason == "CreateContainerConfigError":
-        yield _finding(pod, Reason.CONTAINER_CANNOT_START, "correct the pod's configuration", detail)
+        yield _misconfigured(pod, detail)
     elif reason not in _ON_ITS_WAY:
         # Whatever a newer kubelet calls it: what only passes has a name above.
         advice = "the container cannot be started"
         yield _finding(pod, Reason.CONTAINER_CANNOT_START, advice, f"{reason}: {detail}")
+
+
+def _is_short_of_memory(container: Document, now: datetime) -> bool:
+    """Whether a container was killed for its memory, and has not run for long since."""
+    if container.get("state", {}).get("terminated", {}).get("reason") == "OOMKilled":
+        return True
+    last = container.get("lastState", {}).get("terminated", {})
+    ended = parse_time(last.get("finishedAt"))
+    has_recovered = container.get("ready") and (ended is None or now - ended >= RECOVERED_AFTER)
+    return last.get("reason") == "OOMKilled" and not has_recovered
+
+
+def _more_memory(pod: Document, container: str) -> str:
+    component = component_of(pod)
+    if (component, container) == (ENGINE, ENGINE):
+        return "raise spec.engine.resources.memory or serve with less"
+    return f"raise resources.limits.memory of the container {container} in spec.{component}.podTemplate"
+
+
+def _misconfigured(pod: Document, detail: str) -> Finding:
+    """A container that lacks what its variables refer to, or that its node may not start so."""
+    absent, key = NOT_FOUND.search(detail), _NO_SUCH_KEY.search(detail)
+    named = absent or key
+    is_secret = named is not None and named[1].lower() == "secret"
+    kind = "Secret" if is_secret else "ConfigMap"
+    fields = "spec.model.tokenSecret or a podTemplate" if is_secret else "a podTemplate"
+    reason = Reason.SECRET_MISSING if is_secret else Reason.CONTAINER_CANNOT_START
+    if absent:
+        return _finding(pod, reason, f"make the {kind} {absent[2]}, which {fields} names", detail)
+    if key:
+        return _finding(pod, reason, f"add the key to the {kind}, or name another one", detail)
+    return _finding(pod, reason, "correct the pod's configuration", detail)
 
 
 def _engine(pod: Document, state: AgentState | None) -> Iterator[Finding]:

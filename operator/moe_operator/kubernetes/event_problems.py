@@ -8,14 +8,13 @@ events. Events are asked for only of an object that is not well:
 - the claims of a pod that cannot be scheduled because of one.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from moe_operator.api.reasons import Reason
-from moe_operator.kubernetes.diagnosis import parse_time
+from moe_operator.kubernetes.diagnosis import NOT_FOUND, parse_time
 from moe_operator.kubernetes.finding import Finding, build_finding
 from moe_operator.kubernetes.workload_problems import FORBIDDEN_ADVICE
 from moe_operator.plan.names import COMPONENT, REVISION, is_replica
@@ -29,7 +28,6 @@ SILENT_FOR = timedelta(seconds=120)
 # Each is one call; of many pods that fail alike the first few say why.
 MOST_SUSPECTS = 4
 LEADER_WORKER_SET = "LeaderWorkerSet"
-_NOT_FOUND = re.compile(r'\b(secret|configmap) "([^"]+)" not found', re.IGNORECASE)
 _ATTACH = "a volume cannot be attached; one of access mode ReadWriteOnce may still be at another node"
 _MOUNT = "a volume cannot be mounted"
 _SANDBOX = "the node cannot set up the pod's network; look at its CNI plugin and its container runtime"
@@ -133,17 +131,21 @@ def read_events(suspect: Suspect, events: Iterable[Document], now: datetime) -> 
 
 def _read_pod(suspect: Suspect, rows: Sequence[Document], now: datetime) -> Finding | None:
     reason, advice = Reason.CONTAINER_CREATING, _CREATING
-    warnings = [row for row in rows if row.get("type") == "Warning"]
+    pulls = [_time_of(row) for row in rows if row.get("reason") in ("Pulling", "Pulled")]
+    # Volumes and network are there before the first image is pulled: what kept them away is over then.
+    warnings = [row for row in rows if row.get("type") == "Warning" and not (pulls and _time_of(row) <= max(pulls))]
     for kind in _POD_REASONS:
         row = next((row for row in warnings if row.get("reason") == kind), None)
         if row is not None:
             reason, advice = _POD_REASONS[kind]
             return _finding(suspect, reason, _with_what_is_missing(advice, row), row)
-    if any(row.get("reason") in ("Pulling", "Pulled") for row in rows):
+    if pulls:
         # Its image is on its way, which for engines takes minutes; a failure has a status of its own.
         return None
-    if warnings:
-        return _finding(suspect, reason, advice, warnings[0])
+    # What was wrong before the pod had its node, such as `FailedScheduling`, is over.
+    newer = [row for row in warnings if suspect.since is None or _time_of(row) >= suspect.since]
+    if newer:
+        return _finding(suspect, reason, advice, newer[0])
     if suspect.since is not None and now - suspect.since > SILENT_FOR:
         quiet = "and there is no event that says why; is the kubelet of its node at work?"
         return _finding(suspect, reason, f"{advice}, {quiet}", {})
@@ -151,7 +153,7 @@ def _read_pod(suspect: Suspect, rows: Sequence[Document], now: datetime) -> Find
 
 
 def _with_what_is_missing(advice: str, row: Document) -> str:
-    match = _NOT_FOUND.search(row.get("message", ""))
+    match = NOT_FOUND.search(row.get("message", ""))
     if match is None:
         return advice
     kind = {"secret": "Secret", "configmap": "ConfigMap"}[match[1].lower()]

@@ -153,8 +153,13 @@ def find_scaled(workloads: Iterable[Document]) -> dict[Place, Scaled]:
 
 
 def _is_scaled(workload: Document) -> bool:
-    """Whether another manager than the operator owns the number of replicas."""
-    for entry in workload["metadata"].get("managedFields", []):
-        if entry.get("manager") != MANAGER and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {}):
-            return True
-    return False
+    """Whether another manager than the operator set the number of replicas.
+
+    It owns the number then. Nobody does once somebody has scaled the workload to zero: the scale subresource leaves a
+    zero out, so the API server takes the field from its owner and gives it to nobody, whatever is set there later.
+    """
+    entries = workload["metadata"].get("managedFields")
+    if entries is None:
+        return False
+    owners = [row.get("manager") for row in entries if "f:replicas" in row.get("fieldsV1", {}).get("f:spec", {})]
+    return not owners or any(owner != MANAGER for owner in owners)

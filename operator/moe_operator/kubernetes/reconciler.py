@@ -33,6 +33,7 @@ from moe_operator.kubernetes.conditions import (
     ConditionInputs,
     build_conditions,
     changed_conditions,
+    find_waker,
     is_serving,
     read_conditions,
     summarise,
@@ -432,7 +433,8 @@ class Reconciler:
         now = datetime.now(UTC)
         before = read_conditions(document)
         inputs = self._traffic.judge(inputs, key, document, states, before)
-        inputs = replace(inputs, endpoint=await self._endpoints.has_ready(key, names.service, pods))
+        endpoint = await self._endpoints.has_ready(key, names.service, pods)
+        inputs = replace(inputs, endpoint=endpoint, waker=find_waker(document))
         status, inputs = build_status(document, names, key.namespace, inputs, pods, states, experts)
         conditions = build_conditions(inputs, before, now)
         rows = [row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in conditions]

@@ -21,8 +21,15 @@ def find_rollouts(store: Store, key: Key) -> list[str]:
             rolling.append(describe_rollout(live, store.of(key, POD)))
         elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
             numbers = f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date"
-            rolling.append(numbers + describe_wait(live, store.of(key, POD)))
+            rolling.append(numbers + _describe_pause(live) + describe_wait(live, store.of(key, POD)))
     return [text for text in rolling if text]
+
+
+def _describe_pause(workload: Document) -> str:
+    """What a person has to do where one has paused the rollout."""
+    metadata = workload["metadata"]
+    resume = f"kubectl rollout resume deployment/{metadata['name']} -n {metadata['namespace']}"
+    return f" (its rollout is paused: {resume})" if workload["spec"].get("paused") else ""
 
 
 def _is_unseen(workload: Document) -> bool:

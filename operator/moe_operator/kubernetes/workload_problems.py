@@ -13,7 +13,7 @@ from moe_operator.kubernetes.finding import Finding, build_finding
 from moe_operator.plan.names import COMPONENT
 
 Document = dict[str, Any]
-FORBIDDEN_ADVICE = "pods may not be made; see quotas, Pod Security and podTemplate"
+FORBIDDEN_ADVICE = "pods may not be made; see quotas, limit ranges, Pod Security and podTemplate"
 
 
 def find_failures_to_create(workloads: Iterable[Document]) -> list[Finding]:

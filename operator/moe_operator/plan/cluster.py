@@ -17,6 +17,7 @@ from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.autoscaling import AutoscalingMode
 from moe_operator.api.model import WhenDeleted
+from moe_operator.api.object_names import is_object_name
 from moe_operator.api.pods import Update
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, request_settings
@@ -220,8 +221,10 @@ def _check(resource: MoEServing) -> None:
     if scheme == "file" and not path.startswith("/"):
         message = f"an absolute folder in the container is needed in a cluster, got {resource.spec.model.uri!r}"
         raise InvalidInput([InputError("spec.model.uri", message)])
-    if scheme == "pvc" and not path.partition("/")[0]:
-        raise InvalidInput([InputError("spec.model.uri", "the name of a claim is needed, such as pvc://models/qwen3")])
+    claim = path.partition("/")[0]
+    if scheme == "pvc" and not is_object_name(claim):
+        message = "the name of a claim is needed, such as pvc://models/qwen3"
+        raise InvalidInput([InputError("spec.model.uri", message + (f", got {claim!r:.80}" if claim else ""))])
 
 
 def _stable_revision(resource: MoEServing, observed: Observed, wanted: Revision) -> Revision:

@@ -6,9 +6,11 @@ that are spread.
 
 from collections.abc import Iterator, Mapping
 
+from moe_contract.engine_process import engine_grace_s, gateway_grace_s
 from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.resource import MoEServing
+from moe_operator.api.units import duration_s
 from moe_operator.plan.role_override import role_template
 
 _ONLY_IN_A_CLUSTER = (
@@ -59,6 +61,25 @@ def find_nulls(resource: MoEServing) -> list[str]:
         template, path = role_template(resource, role)
         templates[path] = template
     return [f"{path}{place}" for path, template in templates.items() for place in _nulls(template)]
+
+
+def find_short_graces(resource: MoEServing) -> list[tuple[str, str]]:
+    """Pod templates whose grace period cuts streams before `engine.drainTimeout` is over: path and text."""
+    drain_s = duration_s(resource.spec.engine.drain_timeout)
+    rows = [
+        ("spec.engine.podTemplate", resource.spec.engine.pod_template, engine_grace_s(drain_s)),
+        ("spec.gateway.podTemplate", resource.spec.gateway.pod_template, gateway_grace_s(drain_s)),
+    ]
+    for role in (EngineRole.PREFILL, EngineRole.DECODE):
+        template, path = role_template(resource, role)
+        rows.append((path, template, engine_grace_s(drain_s)))
+    found = {}
+    for path, template, needed_s in rows:
+        given_s = (template.get("spec") or {}).get("terminationGracePeriodSeconds")
+        if isinstance(given_s, int) and given_s < needed_s:
+            text = f"{given_s} s are less than engine.drainTimeout and its margin, {needed_s} s: streams may be cut"
+            found[f"{path}.spec.terminationGracePeriodSeconds"] = text
+    return [*found.items()]
 
 
 def _nulls(value: object) -> Iterator[str]:

@@ -7,7 +7,10 @@ From the weakest to the strongest: labels of the resource itself, `spec.commonMe
 from collections.abc import Mapping
 from typing import Any
 
+from moe_contract.input_errors import InputError, InvalidInput
+
 from moe_operator.api.labels import ObjectMetadata, is_reserved_label
+from moe_operator.api.object_names import MOST_ANNOTATIONS, count_bytes
 from moe_operator.api.resource import MoEServing
 from moe_operator.plan.names import COMPONENT
 
@@ -22,16 +25,25 @@ _MARKS_OF_TOOLS = (
 )
 # Kueue admits what asks for quota. A gateway asks for none, and must run while engines wait for theirs.
 _KUEUE = "kueue.x-k8s.io/"
+# What the operator's own annotations, such as the digest of what was applied, take at most (bytes).
+_OWN_ANNOTATIONS = 4096
 _MONITORS = ("ServiceMonitor", "PodMonitor")
 _WORKLOADS = ("Deployment", "LeaderWorkerSet")
 
 
 def with_metadata(entry: Object, resource: MoEServing) -> Object:
-    """The object with the labels and annotations that the resource asks for; those that it has already win."""
+    """The object with the labels and annotations that the resource asks for; those that it has already win.
+
+    Raises:
+        InvalidInput: they are more than an object can have.
+    """
     metadata, section = entry["metadata"], _section_of(entry, resource)
     common = resource.spec.common_metadata
     labels = {**_inherited(entry, resource), **common.labels, **section.labels, **metadata.get("labels", {})}
     annotations = {**common.annotations, **section.annotations, **metadata.get("annotations", {})}
+    if (count := count_bytes(annotations)) > MOST_ANNOTATIONS - _OWN_ANNOTATIONS:
+        message = f"annotations of {count} bytes are more than the {MOST_ANNOTATIONS} that an object can have"
+        raise InvalidInput([InputError("spec.commonMetadata.annotations", message)])
     given = ({"labels": labels} if labels else {}) | ({"annotations": annotations} if annotations else {})
     return {**entry, "metadata": {**metadata, **given}}
 

@@ -50,7 +50,8 @@ def find_clashes(
             yield InputError(place, f"the container {name!r} is the operator's own and cannot be removed")
             continue
         yield from _port_losses(container, containers[name], place)
-        yield from _port_clashes(container, given.get("containers"), f"{path}.spec.containers")
+        for kind in ("containers", "initContainers"):
+            yield from _port_clashes(container, given.get(kind), f"{path}.spec.{kind}")
         yield from _mount_clashes(container, theirs, containers[name], f"{place}.volumeMounts")
         yield from _env_clashes(container, theirs, containers[name], f"{place}.env", fields)
     yield from _name_clashes(spec, f"{path}.spec.initContainers")
@@ -58,6 +59,22 @@ def find_clashes(
         yield from _gaps(
             spec, given.get(kind), kind, f"{path}.spec.{kind}", ", ".join(row["name"] for row in own["containers"])
         )
+
+
+def check_gateway_token(spec: Mapping[str, Any], path: str) -> Iterator[InputError]:
+    """Why a gateway could not ask the API server which engines there are; nothing where it can.
+
+    Args:
+        spec: of its pod, with the user's part.
+        path: of the user's part.
+    """
+    sources = (
+        source for row in spec.get("volumes") or () for source in (row.get("projected") or {}).get("sources") or ()
+    )
+    has_other = any("serviceAccountToken" in source for source in sources)
+    if spec.get("automountServiceAccountToken") is False and not has_other:
+        message = "gateways read with the token of their ServiceAccount which engines there are"
+        yield InputError(f"{path}.automountServiceAccountToken", message)
 
 
 def check_cache_path(path: str, mounts: Sequence[Document]) -> Iterator[InputError]:
@@ -123,9 +140,14 @@ def _port_losses(own: Document, merged: Document, place: str) -> Iterator[InputE
 
 
 def _port_clashes(own: Document, given: Any, path: str) -> Iterator[InputError]:
-    """Ports of the user's that take the number or the name of an own one: all containers share one address."""
-    wanted = _own_ports(own)
+    """Ports of the user's that take the number or the name of an own one: all containers share one address.
+
+    Of the init containers those count that run beside the others, side cars.
+    """
+    wanted, is_init = _own_ports(own), path.endswith("initContainers")
     for index, container in enumerate(given or ()):
+        if is_init and container.get("restartPolicy") != "Always":
+            continue
         is_own = container.get("name") == own["name"]
         for place, row in enumerate(container.get("ports") or ()):
             number, name = row.get("containerPort"), row.get("name")

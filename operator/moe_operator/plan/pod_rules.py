@@ -14,7 +14,9 @@ from typing import Any
 
 from moe_contract.input_errors import InputError, render_choices, unknown_choice
 
+from moe_operator.api.object_names import RESOURCE_MESSAGE, is_resource_name
 from moe_operator.api.pod_schema import LIST, ROOT, PodField, load_types
+from moe_operator.plan.pod_forms import find_broken_forms, find_broken_references
 
 Document = Mapping[str, Any]
 Mistake = tuple[str, str]
@@ -85,15 +87,13 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "SecretProjection": ("name",),
     "SecretVolumeSource": ("secretName",),
 }
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-_LABELS, _DOMAINS = ("hostname", "subdomain"), ("priorityClassName", "runtimeClassName", "serviceAccountName")
-_PORT_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
 _NATIVE = ("cpu", "memory", "ephemeral-storage")
 _OWN_DOMAIN = "kubernetes.io/"
 _LEADING_ZEROS = re.compile(r"(?<![0-9a-fA-F:])0+(?=[0-9])")
 _EXPONENT = re.compile(r"(?P<number>[+-]?[0-9.]+)(?P<suffix>[a-zA-Z]*)")
 _FACTORS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+# More than any amount of memory, and few enough digits to divide.
+_MOST_BYTES = Decimal(10) ** 20
 _BINARY = ("Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
@@ -118,6 +118,8 @@ def _walk(given: Document, now: Document, type_name: str) -> Iterator[Mistake]:
     yield from _out_of_range(now, type_name)
     yield from _out_of_set(now, type_name)
     yield from _exclusive(now, type_name)
+    yield from find_broken_forms(now, type_name)
+    yield from find_broken_references(now, type_name)
     for rule in _RULES.get(type_name, ()):
         yield from rule(now)
     for name, value in given.items():
@@ -203,6 +205,18 @@ def _requirement(now: Document) -> Iterator[Mistake]:
         yield ".values", f"exactly one value is needed for {operator}"
 
 
+def _node_term(now: Document) -> Iterator[Mistake]:
+    """Fields of a node, of which only the name can be asked for."""
+    for index, row in enumerate(now.get("matchFields") or ()):
+        place = f".matchFields[{index}]"
+        if row.get("key") not in ("metadata.name", None):
+            yield f"{place}.key", unknown_choice("", row["key"], ("metadata.name",)).message
+        if row.get("operator") not in ("In", "NotIn", None):
+            yield f"{place}.operator", unknown_choice("", row["operator"], ("In", "NotIn")).message
+        elif len(row.get("values") or ()) != 1:
+            yield f"{place}.values", "exactly one value is needed for a field"
+
+
 def _profile(now: Document) -> Iterator[Mistake]:
     """The rules of a profile of seccomp or AppArmor."""
     is_local, given = now.get("type") == "Localhost", now.get("localhostProfile")
@@ -230,10 +244,11 @@ def _amounts(now: Document) -> Iterator[Mistake]:
             amount = _amount(value)
             if amount is not None and amount < 0:
                 yield f".{part}.{name}", f"an amount of 0 or more is needed, got {value}"
-            elif "/" not in name and name not in _NATIVE and not name.startswith("hugepages-"):
-                yield f".{part}.{name}", f"unknown resource; known: {', '.join(_NATIVE)}, and those of a domain"
+            elif problem := _resource_problem(name):
+                yield f".{part}.{name}", problem
             elif not _is_shared(name) and "/" in name and amount is not None and amount != amount.to_integral_value():
                 yield f".{part}.{name}", f"a whole number is needed, got {value}"
+    yield from _huge_pages({**requests, **limits})
     for name, value in requests.items():
         request, limit = _amount(value), _amount(limits.get(name))
         is_shared = _is_shared(name)
@@ -242,6 +257,29 @@ def _amounts(now: Document) -> Iterator[Mistake]:
         elif request is not None and limit is not None and (request > limit or (not is_shared and request != limit)):
             relation = "at most" if is_shared else "as much as"
             yield f".requests.{name}", f"{value} is not {relation} its limit, {limits[name]}"
+
+
+def _huge_pages(amounts: Document) -> Iterator[Mistake]:
+    """Pages of memory that are asked for in whole, beside a CPU or memory of the usual pages."""
+    pages = {name: value for name, value in amounts.items() if name.startswith("hugepages-")}
+    if pages and not {"cpu", "memory"} & amounts.keys():
+        yield "", f"{min(pages)} needs cpu or memory beside it"
+    for name, value in pages.items():
+        size, amount = _amount(name.removeprefix("hugepages-")), _amount(value)
+        if size and amount is not None and amount < _MOST_BYTES and amount % size:
+            yield f".limits.{name}", f"a multiple of {name.removeprefix('hugepages-')} is needed, got {value}"
+
+
+def _resource_problem(name: str) -> str:
+    """Why there is no resource of this name; empty where there may be."""
+    if name in _NATIVE or name.startswith("hugepages-"):
+        return ""
+    if "/" not in name:
+        return f"unknown resource; known: {', '.join(_NATIVE)}, and those of a domain"
+    # A quota puts the prefix before the name, and the whole has to be a key.
+    if not is_resource_name(name):
+        return f"{RESOURCE_MESSAGE}, got {name!r:.80}"
+    return ""
 
 
 def _is_shared(name: str) -> bool:
@@ -262,21 +300,6 @@ def _amount(value: Any) -> Decimal | None:
     return number.scaleb(_FACTORS[suffix]) if suffix in _FACTORS else None
 
 
-def _name(now: Document) -> Iterator[Mistake]:
-    yield from _names(now, ("name",), _LABEL, "at most 63 small letters, digits and dashes are needed")
-
-
-def _names(now: Document, fields: Iterable[str], form: re.Pattern[str], wanted: str) -> Iterator[Mistake]:
-    for field in fields:
-        if (name := now.get(field)) and not form.fullmatch(name):
-            yield f".{field}", f"{wanted}, got {name!r:.80}"
-
-
-def _port_name(now: Document) -> Iterator[Mistake]:
-    wanted = "at most 15 small letters, digits and dashes are needed, a letter among them"
-    yield from _names(now, ("name",), _PORT_NAME, wanted)
-
-
 def _address(now: Document) -> Iterator[Mistake]:
     """Of a host's alias, and of DNS servers; there numbers of IPv4 may have leading zeros."""
     for place, text in ((".ip", now.get("ip")), *((".nameservers", row) for row in now.get("nameservers") or ())):
@@ -284,6 +307,99 @@ def _address(now: Document) -> Iterator[Mistake]:
             ip_address(_LEADING_ZEROS.sub("", text or "0.0.0.0"))
         except ValueError:
             yield place, f"an IP address is needed, got {text!r:.80}"
+
+
+def _dns(now: Document) -> Iterator[Mistake]:
+    """How much a resolver takes, and options that have a name."""
+    for name, most in (("nameservers", 3), ("searches", 32)):
+        if len(now.get(name) or ()) > most:
+            yield f".{name}", f"at most {most} are taken, got {len(now[name])}"
+    for index, row in enumerate(now.get("options") or ()):
+        if isinstance(row, Mapping) and not row.get("name"):
+            yield f".options[{index}]", "name is needed"
+
+
+def _spread(now: Document) -> Iterator[Mistake]:
+    if now.get("minDomains") is not None and now.get("whenUnsatisfiable") not in ("DoNotSchedule", None):
+        yield ".minDomains", "goes with DoNotSchedule alone"
+    if now.get("matchLabelKeys") and not now.get("labelSelector"):
+        yield ".matchLabelKeys", "goes with a labelSelector alone"
+
+
+def _claim(now: Document) -> Iterator[Mistake]:
+    """That of a volume of the pod's own, which the API server makes for it."""
+    spec = now.get("spec") or {}
+    modes = ("ReadOnlyMany", "ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod")
+    if not spec.get("accessModes"):
+        yield ".spec", "accessModes is needed"
+    for mode in spec.get("accessModes") or ():
+        if mode not in modes:
+            yield ".spec.accessModes", unknown_choice("", mode, modes).message
+    if "storage" not in ((spec.get("resources") or {}).get("requests") or {}):
+        yield ".spec.resources.requests", "storage is needed"
+
+
+def _empty_dir(now: Document) -> Iterator[Mistake]:
+    amount, medium = _amount(now.get("sizeLimit")), now.get("medium")
+    if amount is not None and amount < 0:
+        yield ".sizeLimit", f"an amount of 0 or more is needed, got {now['sizeLimit']}"
+    if medium and medium not in ("Memory", "HugePages") and not medium.startswith("HugePages-"):
+        # The API server takes any; a kubelet then starts no container.
+        yield ".medium", unknown_choice("", medium, ("HugePages", "HugePages-2Mi", "Memory")).message
+
+
+def _mount(now: Document) -> Iterator[Mistake]:
+    if (now.get("recursiveReadOnly") or "Disabled") != "Disabled" and not now.get("readOnly"):
+        yield ".recursiveReadOnly", "goes with readOnly alone"
+
+
+def _divisor(now: Document) -> Iterator[Mistake]:
+    """The unit of an amount that a variable or a file shows."""
+    divisor, is_cpu = _amount(now.get("divisor")), str(now.get("resource")).endswith(".cpu")
+    known = ("1", "1m") if is_cpu else ("1", *(f"1{unit}" for unit in (*"kMGTPE", *_BINARY)))
+    if divisor and divisor not in map(_amount, known):
+        yield ".divisor", unknown_choice("", now["divisor"], known).message
+
+
+def _container(now: Document) -> Iterator[Mistake]:
+    """Names of ports, and what needs a privileged container."""
+    names = [row["name"] for row in now.get("ports") or () if row.get("name")]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield ".ports", f"the name {name!r} stands twice"
+    is_privileged = (now.get("securityContext") or {}).get("privileged")
+    for row in now.get("volumeMounts") or ():
+        if row.get("mountPropagation") == "Bidirectional" and not is_privileged:
+            yield ".volumeMounts", f"Bidirectional at {row.get('mountPath')} needs a privileged container"
+
+
+def _security(now: Document) -> Iterator[Mistake]:
+    """Of a pod."""
+    least, most = _ID
+    for index, group in enumerate(now.get("supplementalGroups") or ()):
+        if isinstance(group, int) and not least <= group <= most:
+            yield f".supplementalGroups[{index}]", f"a number from 0 to {MOST_ID} is needed, got {group}"
+    names = [row.get("name") for row in now.get("sysctls") or ()]
+    for name in sorted({str(name) for name in names if names.count(name) > 1}):
+        yield ".sysctls", f"{name!r} stands twice"
+
+
+def _host(now: Document) -> Iterator[Mistake]:
+    """What does not go with namespaces of the host, or with users of the pod's own."""
+    shared = [name for name in ("hostIPC", "hostNetwork", "hostPID") if now.get(name)]
+    if now.get("hostUsers") is False and shared:
+        yield ".hostUsers", f"false does not go with {' and '.join(shared)}"
+    if now.get("shareProcessNamespace") and now.get("hostPID"):
+        yield ".shareProcessNamespace", "does not go with hostPID"
+    for row in (now.get("securityContext") or {}).get("sysctls") or ():
+        name = str(row.get("name")).replace("/", ".")
+        if now.get("hostNetwork") and name.startswith("net."):
+            yield ".securityContext.sysctls", f"{name} is the node's own with hostNetwork"
+        if now.get("hostIPC") and name.startswith(("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")):
+            yield ".securityContext.sysctls", f"{name} is the node's own with hostIPC"
+    for row in (*(now.get("initContainers") or ()), *(now.get("containers") or ())):
+        unmasked = (row.get("securityContext") or {}).get("procMount") == "Unmasked"
+        if unmasked and now.get("hostUsers") is not False:
+            yield ".containers", f"procMount Unmasked of {row.get('name')} needs hostUsers: false"
 
 
 def _probes(now: Document) -> Iterator[Mistake]:
@@ -299,15 +415,15 @@ def _pod(now: Document) -> Iterator[Mistake]:
     """What the template of a workload's pods may not have, and what needs the pod as a whole."""
     if now.get("restartPolicy") not in (None, "", "Always"):
         yield ".restartPolicy", "the pods of a workload have Always"
-    yield from _names(now, _LABELS, _LABEL, "at most 63 small letters, digits and dashes are needed")
-    yield from _names(now, _DOMAINS, _DOMAIN, "the name of an object is needed")
-    if now.get("dnsPolicy") == "None" and not now.get("dnsConfig"):
-        yield ".dnsConfig", "is needed for the dnsPolicy None"
+    if now.get("dnsPolicy") == "None" and not (now.get("dnsConfig") or {}).get("nameservers"):
+        yield ".dnsConfig", "nameservers are needed for the dnsPolicy None"
+    yield from _host(now)
     for name in ("activeDeadlineSeconds", "ephemeralContainers"):
         if now.get(name):
             yield f".{name}", "the pods of a workload have none"
     grace_s = now.get("terminationGracePeriodSeconds", 30)
-    for row in now.get("containers") or ():
+    lasting = [row for row in now.get("initContainers") or () if row.get("restartPolicy") == "Always"]
+    for row in (*(now.get("containers") or ()), *lasting):
         handler = (row.get("lifecycle") or {}).get("preStop") or {}
         pause_s = (handler.get("sleep") or {}).get("seconds")
         if isinstance(grace_s, int) and pause_s is not None and pause_s > grace_s:
@@ -316,8 +432,19 @@ def _pod(now: Document) -> Iterator[Mistake]:
     for row in (row for row in now.get("initContainers") or () if row.get("restartPolicy") != "Always"):
         if part := next((name for name in (*_PROBES, "lifecycle") if row.get(name) is not None), None):
             yield ".initContainers", f"{part} of {row.get('name')} needs the restartPolicy Always"
+    yield from _repeated_host_ports(now.get("containers") or ())
     if now.get("hostNetwork"):
         yield from _host_ports(now.get("containers") or ())
+
+
+def _repeated_host_ports(containers: Iterable[Document]) -> Iterator[Mistake]:
+    taken: set[tuple[str, str, int]] = set()
+    for row in containers:
+        for port in row.get("ports") or ():
+            place = (port.get("protocol") or "TCP", port.get("hostIP") or "", port.get("hostPort") or 0)
+            if place[2] and place in taken:
+                yield ".containers", f"hostPort {place[2]} of {row.get('name')} is taken by another port of the pod"
+            taken.add(place)
 
 
 def _host_ports(containers: Iterable[Document]) -> Iterator[Mistake]:
@@ -331,16 +458,21 @@ def _host_ports(containers: Iterable[Document]) -> Iterator[Mistake]:
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 _RULES: Mapping[str, Sequence[Rule]] = {
     "AppArmorProfile": (_profile,),
-    "Container": (_name, _probes),
-    "ContainerPort": (_port_name,),
+    "Container": (_container, _probes),
+    "EmptyDirVolumeSource": (_empty_dir,),
     "HostAlias": (_address,),
     "LabelSelectorRequirement": (_requirement,),
     "NodeSelectorRequirement": (_requirement,),
-    "PodDNSConfig": (_address,),
+    "NodeSelectorTerm": (_node_term,),
+    "PersistentVolumeClaimTemplate": (_claim,),
+    "PodDNSConfig": (_address, _dns),
+    "PodSecurityContext": (_security,),
+    "ResourceFieldSelector": (_divisor,),
     "PodSpec": (_pod,),
     "ResourceRequirements": (_amounts,),
     "SeccompProfile": (_profile,),
     "SecurityContext": (_privileges,),
     "Toleration": (_toleration,),
-    "Volume": (_name,),
+    "TopologySpreadConstraint": (_spread,),
+    "VolumeMount": (_mount,),
 }

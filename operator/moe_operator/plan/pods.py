@@ -25,13 +25,14 @@ from moe_contract.engine_process import (
     gateway_grace_s,
 )
 from moe_contract.gateway_config import Discovery, GatewayConfig, Group
-from moe_contract.input_errors import InvalidInput
+from moe_contract.input_errors import InputError, InvalidInput
 from moe_contract.pod_identity import identity_variables
 from moe_contract.routes import HEALTHZ, READYZ
 from moe_contract.sections import Listen
 from moe_scheduling.engine.disaggregation import EngineRole
 
 from moe_operator.api.engine import Runtime
+from moe_operator.api.object_names import MOST_ANNOTATIONS, count_bytes
 from moe_operator.api.pods import PodTemplate
 from moe_operator.api.resource import MoEServing
 from moe_operator.api.scheduling import engine_settings, expert_settings, request_settings
@@ -51,7 +52,7 @@ from moe_operator.plan.inference_pool import build_picker, picker_ports
 from moe_operator.plan.merge import merge_template
 from moe_operator.plan.names import COMPONENT, CONFIG, REVISION, Names
 from moe_operator.plan.one_node import on_one_node
-from moe_operator.plan.own import SECRET_VOLUME, check_cache_path, find_clashes
+from moe_operator.plan.own import SECRET_VOLUME, check_cache_path, check_gateway_token, find_clashes
 from moe_operator.plan.pod_environment import (
     build_cache_variables,
     build_own_pod_variables,
@@ -124,6 +125,7 @@ def build_engine_template(
     }
     merged = _merged(base, engine.pod_template, "spec.engine.podTemplate", _fields_of_variables(resource))
     merged = _merged(merged, own_template, own_path, _fields_of_variables(resource))
+    _check_size(merged, "spec.engine", "env, args and the annotations of podTemplate")
     return on_one_node(merged, names.labels("engine")) if resource.spec.model.keeps_one_node else merged
 
 
@@ -311,7 +313,11 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             ],
         },
     }
-    return _merged(base, gateway.pod_template, "spec.gateway.podTemplate", {})
+    merged = _merged(base, gateway.pod_template, "spec.gateway.podTemplate", {})
+    _check_size(merged, "spec.gateway", "the annotations of podTemplate")
+    if problems := [*check_gateway_token(merged["spec"], "spec.gateway.podTemplate.spec")]:
+        raise InvalidInput(problems)
+    return merged
 
 
 def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:
@@ -382,6 +388,13 @@ def _merged(base: dict[str, Any], patch: PodTemplate, path: str, fields: Mapping
     for part, own in (("labels", base["metadata"]["labels"]), ("annotations", base["metadata"]["annotations"])):
         metadata[part] = {**metadata.get(part, {}), **own}
     return merged | {"spec": with_cluster_names(merged["spec"])}
+
+
+def _check_size(template: Mapping[str, Any], path: str, parts: str) -> None:
+    """The settings of what a pod starts are an annotation of it, beside those of the user."""
+    if (count := count_bytes(template["metadata"]["annotations"])) > MOST_ANNOTATIONS:
+        message = f"{parts} take {count} bytes of the {MOST_ANNOTATIONS} that a pod's annotations can have"
+        raise InvalidInput([InputError(path, message)])
 
 
 def _check_cache(resource: MoEServing) -> None:

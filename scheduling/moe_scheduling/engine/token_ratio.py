@@ -3,8 +3,8 @@
 The gateway owns one estimate for each model: `observe` takes the prompt tokens of a finished response (its `usage`),
 `tokens` sizes the next job.
 
-Images, audio, video and embeddings cost tokens that have nothing to do with their bytes. `MediaTokens` learns the tokens of one of
-each kind, so that the ratio is learned from texts alone.
+Images, audio, video and embeddings cost tokens that have nothing to do with their bytes. `MediaTokens` learns the
+tokens of one of each kind, so that the ratio is learned from texts alone.
 
 Invariants: the ratio stays between 1 byte a token, the least of a byte-level tokenizer, and 16; one observation moves
 it by at most a third of the way, so that no single report spoils it.

@@ -317,21 +317,32 @@ class Gateway:
             await asyncio.sleep(CHECK_PERIOD_S)
             if self.clock() - began_s > SUSPENDED_S:
                 await asyncio.sleep(CHECK_PERIOD_S)
+            self._check_once(self.clock())
             try:
-                self._check_once(self.clock())
                 await self._listener.reload(self.clock())
             except Exception:
                 log.exception("a periodic check failed")
 
     def _check_once(self, now_s: float) -> None:
-        self.dispatcher.tick(now_s)
+        self._context.moves_left = MOVES_PER_CHECK
+        for check in (self.dispatcher.tick, self._reload_access, self._check_connections, self._check_picker):
+            try:
+                check(now_s)
+            except Exception:
+                # The other checks go on, and so does this one the next time.
+                log.exception("a periodic check failed")
+
+    def _reload_access(self, now_s: float) -> None:
         if self._peer_tokens is not None:
             self._peer_tokens.refresh()
         if self._context.gate is not None:
             self._context.gate.tick(now_s)
-        self._context.moves_left = MOVES_PER_CHECK
+
+    def _check_connections(self, now_s: float) -> None:
         for connection in list(self._connections):
             self._check_connection(connection, now_s)
+
+    def _check_picker(self, now_s: float) -> None:
         if self._picker is not None:
             self._picker.check(now_s)
 

@@ -8,6 +8,7 @@ from moe_gateway.engines.fleet import EngineFleet
 from moe_gateway.engines.served_models import find_partial, list_models, model_row
 
 from tests.gateway.messages import OK, json_answer, post
+from tests.gateway.peers import always
 from tests.gateway.waiting import until
 
 TURNS = {"policy": "roundRobin"}
@@ -108,3 +109,25 @@ async def test_a_name_is_not_refused_before_each_engine_has_listed_its_names(mak
     may_list.set()
     await until(lambda: served.gateway.dispatcher.models == {"tiny", "lora"}, "the names that the engine lists")
     assert (await served.ask(post({"model": "none", "prompt": "x"}))).status == 404
+
+
+async def test_an_adapter_that_an_engine_has_unloaded_since_is_asked_for_at_another_one(make_engine, serve):
+    unloaded = json_answer(
+        {"error": {"message": "The model `lora` does not exist.", "code": 404}}, status="404 Not Found"
+    )
+    gone, has_it = await make_engine(always(unloaded), start=False), await make_engine(start=False)
+    for engine in (gone, has_it):
+        rows = [{"id": "tiny", "parent": None}, {"id": "lora", "parent": "tiny"}]
+        page = json_answer({"object": "list", "data": rows})
+        own = engine._own_answer
+        engine._own_answer = lambda request, own=own, page=page: page if b"/v1/models" in request.line else own(request)
+        await engine.start()
+    served = await serve(gone, has_it, dispatch=TURNS)
+    await until(lambda: served.gateway.dispatcher.models == {"tiny", "lora"}, "the names")
+    for _ in range(6):
+        assert (await served.ask(post({"model": "lora", "prompt": "x"}))).json == OK
+    assert 1 <= len(gone.requests) <= 6
+    assert dict(served.gateway.dispatcher.ejections) == {}
+    # A name that is always served is not asked for twice.
+    statuses = [(await served.ask(post({"model": "tiny", "prompt": "x"}))).status for _ in range(4)]
+    assert sorted(statuses) == [200, 200, 404, 404]

@@ -14,6 +14,8 @@ def report_failure(
     The beginning of the next answer ends an ejection, so an engine that breaks its answers off is also counted an
     error, which a whole answer alone forgives.
     """
+    if failure is AttemptFailure.NOT_SERVED:
+        return
     if failure is AttemptFailure.ENGINE_FULL:
         dispatcher.pause_full(target, now_s)
     elif failure is AttemptFailure.ENGINE_ERROR:

@@ -12,7 +12,7 @@ these comes first: the answer is whole, the engine fails for good, the client go
 import asyncio
 
 from moe_contract.gateway_config import Limits
-from moe_scheduling.engine.attempts import BUSY, REPEATED_STATUSES, AttemptFailure, NextStep, RequestAttempts
+from moe_scheduling.engine.attempts import BUSY, NOT_FOUND, REPEATED_STATUSES, AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Send
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
@@ -20,6 +20,7 @@ from moe_scheduling.signals import Target
 from moe_gateway.access.priorities import build_engine_id
 from moe_gateway.engines.failed_attempts import report_failure
 from moe_gateway.engines.hold_queue import Rejection
+from moe_gateway.engines.served_models import may_be_unloaded
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
 from moe_gateway.http.bodies import Body
 from moe_gateway.http.heads import build_request_head
@@ -240,7 +241,8 @@ class Exchange:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
         assert self._in_flight is not None
         dispatcher, target = self._context.dispatcher, self._in_flight.target
-        has_other = status == BUSY and dispatcher.has_other(self.job, target, self.attempts.failed_targets)
+        is_name = status == NOT_FOUND and self.computes and may_be_unloaded(self.job.model, dispatcher.engines.values())
+        has_other = (is_name or status == BUSY) and dispatcher.has_other(self.job, target, self.attempts.failed_targets)
         is_accepting = dispatcher.is_accepting(target)
         failure = self.attempts.failure_of_status(status, is_accepting=is_accepting, has_other=has_other)
         if failure is None:

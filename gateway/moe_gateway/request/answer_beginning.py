@@ -98,6 +98,9 @@ class AnswerBeginning:
         self.is_chunked = b"\r\ntransfer-encoding:" in head
         self.is_framed = self.is_chunked or b"\r\ncontent-length:" in head
         self.is_events = status == 200 and computes and b"text/event-stream" in head
+        if self.is_events and b"\r\ncontent-encoding:" in head:
+            # A proxy that was not asked for it has compressed it: it cannot be read.
+            self.is_events = False
 
     def _read_events(self) -> AnswerPart:
         raw = self.received[len(self.head) :]

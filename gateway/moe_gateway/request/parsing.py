@@ -94,7 +94,10 @@ def parse_body(route: Route, body: bytes, *, bounds_answer: bool = False) -> Par
         try:
             priority = read_integer(priority)
         except ValueError:
-            raise BadBody("priority must be an integer", "priority") from None
+            if route.has_job and route is not _MESSAGES:
+                raise BadBody("priority must be an integer", "priority") from None
+            # These bodies have no such field in vLLM.
+            priority = 0
     if priority:
         priority = clamp_priority(priority)
     stream = document.get("stream", False)

@@ -131,3 +131,21 @@ async def test_an_adapter_that_an_engine_has_unloaded_since_is_asked_for_at_anot
     # A name that is always served is not asked for twice.
     statuses = [(await served.ask(post({"model": "tiny", "prompt": "x"}))).status for _ in range(4)]
     assert sorted(statuses) == [200, 200, 404, 404]
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "plain"])
+async def test_while_no_engine_is_there_the_names_known_last_are_listed_at_once(make_engine, serve, agent):
+    engines = [await make_engine(agent=agent, start=False) for _ in range(2)]
+    for engine in engines:
+        engine.models = ["tiny", "alias"]
+        await engine.start()
+    served = await serve(*engines, limits={"hold_timeout_s": 30.0})
+    await until(lambda: served.gateway.dispatcher.models == {"tiny", "alias"}, "the names")
+    for engine in engines:
+        await engine.stop()
+        if agent:
+            served.gateway.dispatcher.set_ready(engine.name, False, served.gateway.clock())
+    await until(lambda: not served.gateway.dispatcher.accepting)
+    listed = await served.ask(MODELS)
+    assert [row["id"] for row in listed.json["data"]] == ["alias", "tiny"]
+    assert served.gateway.dispatcher.held == 0

@@ -255,11 +255,10 @@ class ClientConnection(asyncio.Protocol):
     def _list_models(self) -> object | None:
         """The list of models where no engine alone has it: while none is there, or where they serve different names."""
         dispatcher, model = self._context.dispatcher, self._context.model
-        if dispatcher.partial_models:
-            return list_models(dispatcher.engines.values())
-        if not dispatcher.accepting and model:
-            return {"object": "list", "data": [model_row(model)]}
-        return None
+        engines, is_away = dispatcher.engines.values(), not dispatcher.accepting
+        if dispatcher.partial_models or (is_away and any(engine.models for engine in engines)):
+            return list_models(engines)
+        return {"object": "list", "data": [model_row(model)]} if is_away and model else None
 
     def _serve_model(self, request: ClientRequest) -> None:
         name, dispatcher = read_model_name(request.url), self._context.dispatcher

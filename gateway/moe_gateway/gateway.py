@@ -27,8 +27,9 @@ from moe_gateway.admin import Admin
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.endpoints import Endpoint
+from moe_gateway.engines.name_refresh import NameRefresh
 from moe_gateway.engines.response_search import ResponseSearch
-from moe_gateway.engines.signals import watch_engine
+from moe_gateway.engines.signals import list_all_models, watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
@@ -96,6 +97,7 @@ class Gateway:
             pool_of=self._pool_of,
             bodies=BodyReader(),
             responses=ResponseSearch(self._pool_of),
+            names=NameRefresh(self._ask_names, self._spawn, self.clock),
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._on_end,
@@ -295,6 +297,9 @@ class Gateway:
         for pool in set(self._pools.values()) - set(pools.values()):
             pool.close()
         self._pools = pools
+
+    async def _ask_names(self) -> None:
+        await list_all_models(self.dispatcher, self._session)
 
     # Clients.
 

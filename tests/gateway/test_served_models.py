@@ -149,3 +149,33 @@ async def test_while_no_engine_is_there_the_names_known_last_are_listed_at_once(
     listed = await served.ask(MODELS)
     assert [row["id"] for row in listed.json["data"]] == ["alias", "tiny"]
     assert served.gateway.dispatcher.held == 0
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "plain"])
+async def test_an_adapter_can_be_asked_for_as_soon_as_it_is_loaded(make_engine, serve, agent):
+    loaded, other = await make_engine(agent=agent), await make_engine(agent=agent)
+    served = await serve(loaded, other)
+    await until(lambda: served.gateway.dispatcher.knows_all_models, "the names")
+    loaded.models.append("lora")
+    answers = await asyncio.gather(*(served.ask(post({"model": "lora", "prompt": "x"})) for _ in range(4)))
+    assert [answer.json for answer in answers] == [OK] * 4
+    assert (len(loaded.requests), len(other.requests)) == (4, 0)
+
+
+async def test_engines_are_asked_for_an_unknown_name_once_a_second_at_most(make_engine, serve, monkeypatch):
+    engine = await make_engine()
+    served = await serve(engine)
+    await until(lambda: served.gateway.dispatcher.knows_all_models, "the names")
+    asked, own = [], engine._own_answer
+
+    def count(request):
+        asked.extend([request] * (b"/v1/models" in request.line))
+        return own(request)
+
+    monkeypatch.setattr(engine, "_own_answer", count)
+    for number in range(20):
+        answer = await served.ask(post({"model": f"other-{number}", "prompt": "x"}))
+        assert (answer.status, answer.json["error"]["code"]) == (404, "model_not_found")
+    assert 1 <= len(asked) <= 5
+    assert engine.requests == []
+    assert (served.in_flight, served.gateway.dispatcher.held) == (0, 0)

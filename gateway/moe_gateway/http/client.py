@@ -29,7 +29,7 @@ from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.exchanges import make_exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
-from moe_gateway.request.pending_request import needs_search, read_pending
+from moe_gateway.request.pending_request import is_unknown, needs_search, read_pending
 from moe_gateway.request.reading import read_request
 from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
@@ -347,10 +347,11 @@ class ClientConnection(asyncio.Protocol):
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
         if not request.is_plain:
             parsed = read_priority(request, route, parsed)
-        dispatcher, model = self._context.dispatcher, parsed.model
-        models = dispatcher.models
-        if model is not None and models and model not in models and dispatcher.knows_all_models:
-            self._reply_unknown_model(request, route, model)
+        if parsed.model is not None and is_unknown(self._context, parsed):
+            if (names := self._context.names) is not None and names.may_help:
+                self._begin_reading(request, route, parsed)
+            else:
+                self._reply_unknown_model(request, route, parsed.model)
             return
         gate, previous = self._context.gate, parsed.previous_response
         owner = None if request.caller is None else request.caller.name

@@ -13,7 +13,7 @@ from typing import Any
 from moe_contract.gateway_config import Limits
 
 from moe_gateway.access.deadlines import read_deadline
-from moe_gateway.access.denials import Denial, build_denial
+from moe_gateway.access.denials import ANTHROPIC_PATH, Denial, build_denial
 from moe_gateway.access.priorities import read_priority
 from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.bodies import BodyRefused
@@ -425,7 +425,7 @@ class ClientConnection(asyncio.Protocol):
             retry_after_s=retry_after_s,
             head_only=request.method == b"HEAD",
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
-            is_anthropic=route is not None and route.is_anthropic,
+            is_anthropic=request.url.startswith(ANTHROPIC_PATH),
         )
         self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
@@ -436,8 +436,7 @@ class ClientConnection(asyncio.Protocol):
         """Answers bytes that are no request, and ends the connection once the client has had time to read it."""
         assert self._reader.refusal is not None
         outcome, message = self._reader.refusal
-        route = find_route(self._reader.url)
-        is_anthropic = route is not None and route.is_anthropic
+        is_anthropic = self._reader.url.startswith(ANTHROPIC_PATH)
         if not self.transport.is_closing():
             request_id, lines = self._new_request_id(), self._context.cors.answer_lines(self._reader.headers)
             answer = build_error(outcome, message, request_id=request_id, close=True, is_anthropic=is_anthropic)

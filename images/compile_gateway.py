@@ -23,8 +23,8 @@ GATEWAY = {
     "engines/": ("dispatcher", "fleet", "hold_queue", "job_builder", "target_states"),
     "http/": ("client", "heads", "rare_headers", "request_reader", "upstream", "whole_request"),
     "request/": (
-        *("answer_account", "answer_beginning", "client_answer", "continued_exchange", "exchange", "open_users"),
-        *("parsing", "reading", "recent_requests", "split_exchange", "stream_events"),
+        *("answer_account", "answer_beginning", "client_answer", "continued_exchange", "event_pieces"),
+        *("exchange", "open_users", "parsing", "reading", "recent_requests", "split_exchange", "stream_events"),
     ),
 }
 MODULES = (

@@ -18,9 +18,11 @@ from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 # lower case (a token of RFC 9110, 5.6.2), the empty one for no header.
 DEFAULT_HEADER = "x-gateway-inference-fairness-id"
 HEADER_PATTERN = r"^[0-9a-z!#$%&'*+.^_`|~-]{0,64}$"
-# Of one connection, or written by the gateway itself: they do not go from a client to an engine and name no tenant.
+# Of one connection, or written by the gateway itself: they do not go from a client to an engine and name no tenant. Nor
+# does an offer to take compressed answers, which the gateway could not read.
 NOT_FORWARDED = frozenset(
     {
+        "accept-encoding",
         "connection",
         "content-length",
         "expect",

@@ -27,8 +27,9 @@ from moe_gateway.admin import Admin
 from moe_gateway.engines.discovery import connect
 from moe_gateway.engines.dispatcher import Dispatcher
 from moe_gateway.engines.endpoints import Endpoint
+from moe_gateway.engines.name_refresh import NameRefresh
 from moe_gateway.engines.response_search import ResponseSearch
-from moe_gateway.engines.signals import watch_engine
+from moe_gateway.engines.signals import list_all_models, watch_engine
 from moe_gateway.http.client import ClientConnection
 from moe_gateway.http.cors import OriginPolicy
 from moe_gateway.http.upstream import Pool
@@ -96,6 +97,7 @@ class Gateway:
             pool_of=self._pool_of,
             bodies=BodyReader(),
             responses=ResponseSearch(self._pool_of),
+            names=NameRefresh(self._ask_names, self._spawn, self.clock),
             clock=self.clock,
             spawn=self._spawn,
             on_end=self._on_end,
@@ -296,6 +298,9 @@ class Gateway:
             pool.close()
         self._pools = pools
 
+    async def _ask_names(self) -> None:
+        await list_all_models(self.dispatcher, self._session)
+
     # Clients.
 
     def _connection(self) -> ClientConnection:
@@ -317,21 +322,32 @@ class Gateway:
             await asyncio.sleep(CHECK_PERIOD_S)
             if self.clock() - began_s > SUSPENDED_S:
                 await asyncio.sleep(CHECK_PERIOD_S)
+            self._check_once(self.clock())
             try:
-                self._check_once(self.clock())
                 await self._listener.reload(self.clock())
             except Exception:
                 log.exception("a periodic check failed")
 
     def _check_once(self, now_s: float) -> None:
-        self.dispatcher.tick(now_s)
+        self._context.moves_left = MOVES_PER_CHECK
+        for check in (self.dispatcher.tick, self._reload_access, self._check_connections, self._check_picker):
+            try:
+                check(now_s)
+            except Exception:
+                # The other checks go on, and so does this one the next time.
+                log.exception("a periodic check failed")
+
+    def _reload_access(self, now_s: float) -> None:
         if self._peer_tokens is not None:
             self._peer_tokens.refresh()
         if self._context.gate is not None:
             self._context.gate.tick(now_s)
-        self._context.moves_left = MOVES_PER_CHECK
+
+    def _check_connections(self, now_s: float) -> None:
         for connection in list(self._connections):
             self._check_connection(connection, now_s)
+
+    def _check_picker(self, now_s: float) -> None:
         if self._picker is not None:
             self._picker.check(now_s)
 

@@ -102,7 +102,16 @@ async def test_in_time_nothing_changes(make_engine, serve):
     assert (await served.ask(late(b"30"))).status == 200
 
 
-@pytest.mark.parametrize("value", [b"", b"soon", b"-1", b"1e3", b"nan", b"inf", b"1,5", b"1 s", b"9" * 20])
+@pytest.mark.parametrize(
+    ("value", "seconds"), [(b".5", 0.5), (b"0.5", 0.5), (b"2.", 2.0), (b" 7\t", 7.0), (b"007", 7.0)]
+)
+def test_a_number_of_seconds_is_read_however_it_is_spelt(value, seconds):
+    request = request_of(b"X-Request-Timeout:%b\r\n" % value)
+    read_deadline(request)
+    assert request.deadline_s == 100.0 + seconds
+
+
+@pytest.mark.parametrize("value", [b"", b".", b"soon", b"-1", b"1e3", b"nan", b"inf", b"1,5", b"1 s", b"9" * 20])
 async def test_what_is_no_number_of_seconds_is_refused(make_engine, serve, value):
     engine = await make_engine()
     served = await serve(engine)

@@ -6,7 +6,7 @@ from pathlib import Path
 import moe_gateway
 import pytest
 from moe_contract.gateway_config import EngineAddress
-from moe_gateway.engines.fleet import FULL_PAUSE_S, LONGEST_EJECTION_S, LONGEST_TRIAL_S, EngineFleet
+from moe_gateway.engines.fleet import ERRORS_TO_EJECT, FULL_PAUSE_S, LONGEST_EJECTION_S, LONGEST_TRIAL_S, EngineFleet
 from moe_scheduling.signals import Target
 
 A, NOW_S = Target("a"), 100.0
@@ -142,3 +142,16 @@ def test_each_piece_of_state_has_one_writer(writer):
                 if isinstance(target, ast.Attribute) and not is_own and target.attr in WRITERS[writer]:
                     writers.add(str(path.relative_to(root)))
     assert writers <= {writer}
+
+
+def test_after_errors_an_engine_is_on_trial_until_whole_answers_have_forgiven_them(fleet):
+    engine = fleet.engines["a"]
+    for _ in range(ERRORS_TO_EJECT):
+        fleet.err(A, NOW_S)
+    later_s = NOW_S + 1.0
+    fleet.begin_trial(A, 1, later_s)
+    # A stream begins, and may yet end with an error.
+    fleet.succeed(A)
+    assert not engine.may_accept(later_s)
+    fleet.complete(A)
+    assert (engine.may_accept(later_s), engine.is_on_trial) == (True, False)

@@ -37,6 +37,17 @@ def test_the_model_and_the_stream_are_read_wherever_they_stand():
     assert not parse_form(HEADERS, form(("stream", b"false"))).stream
 
 
+def test_of_two_fields_of_one_name_the_last_counts_as_in_the_engine():
+    parsed = parse_form(HEADERS, form(("model", b"a"), ("file", wav(9)), ("file", wav(2)), ("model", b"w")))
+    assert (parsed.model, parsed.prompt_tokens) == ("w", 2 * TOKENS_PER_S)
+
+
+@pytest.mark.parametrize("value", [b"true", b"TRUE", b"1", b"yes", b"y", b"t", b"on"])
+def test_a_stream_is_what_pydantic_reads_as_one(value):
+    assert parse_form(HEADERS, form(("stream", value))).stream
+    assert not parse_form(HEADERS, form(("stream", value + b"?"))).stream
+
+
 @pytest.mark.parametrize("seconds", [0, 0.5, 3, 30])
 @pytest.mark.parametrize("extra", [b"", struct.pack("<4sI", b"LIST", 3) + b"abc\0"], ids=["plain", "with a list"])
 def test_a_wav_has_its_real_length(seconds, extra):

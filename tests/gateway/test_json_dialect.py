@@ -50,6 +50,12 @@ def test_a_priority_that_is_no_integer_is_refused(value):
         parse_body(Route.CHAT, f'{BODY}, "priority": {value}}}'.encode())
 
 
+@pytest.mark.parametrize("route", [Route.MESSAGES, Route.COUNT_TOKENS, Route.TOKENIZE])
+@pytest.mark.parametrize("value", [1.5, "high", [], {}, 10**30])
+def test_a_priority_is_no_field_of_some_bodies(route, value):
+    assert parse_body(route, json.dumps({"priority": value}).encode()).priority == 0
+
+
 @pytest.mark.parametrize(
     ("value", "stream"),
     [("1", True), ("1.0", True), ('"true"', True), ('"yes"', True), ("0", False), ('"off"', False), ("null", False)],

@@ -124,6 +124,7 @@ REFUSALS = {
     "another model": (ask(model="other"), 404, "not_found_error"),
     "method": (b"GET /v1/messages HTTP/1.1\r\nhost: h\r\n\r\n", 405, "invalid_request_error"),
     "too large": (post(b"x" * 3000, PATH), 413, "request_too_large"),
+    "a path below": (post(b"{}", PATH + "/batches"), 404, "not_found_error"),
     "no JSON to count": (post(b"[]", PATH + "/count_tokens"), 400, "invalid_request_error"),
 }
 

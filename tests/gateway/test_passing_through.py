@@ -1,6 +1,7 @@
 """What a client sends reaches the engine, and what the engine answers reaches the client, byte for byte."""
 
 import asyncio
+import gzip
 import json
 
 import pytest
@@ -292,3 +293,35 @@ async def test_the_gateways_own_health_answers_get_and_head(make_engine, serve):
     engine.agent.say(accepting=False)
     await until(lambda: not served.gateway.ready)
     assert (await served.ask(b"GET /health HTTP/1.1\r\n\r\n")).status == 503
+
+
+async def test_an_engine_is_not_asked_for_compressed_answers_which_the_gateway_could_not_read(make_engine, serve):
+    async def compresses(request, writer):
+        asked = b"gzip" in request.headers.get(b"accept-encoding", b"")
+        body = gzip.compress(b"data: [DONE]\n\n") if asked else b"data: [DONE]\n\n"
+        writer.write(SSE_HEAD + chunk(body) + b"0\r\n\r\n")
+
+    engine = await make_engine(compresses)
+    served = await serve(engine)
+    for extra in (b"Accept-Encoding: gzip, deflate\r\n", b"accept-encoding: br\r\nAccept-Encoding: gzip\r\n"):
+        answer = await served.ask(post(prompt(stream=True), extra=extra))
+        assert answer.body == b"data: [DONE]\n\n"
+    assert all(b"accept-encoding" not in request.headers for request in engine.requests)
+
+
+async def test_a_stream_that_comes_compressed_all_the_same_passes_as_it_comes(make_engine, serve):
+    going = asyncio.Event()
+    first, second = gzip.compress(b"data: a\n\n"), gzip.compress(b"data: [DONE]\n\n")
+
+    async def compresses(_request, writer):
+        writer.write(SSE_HEAD[:-2] + b"content-encoding: gzip\r\n\r\n" + chunk(first))
+        await going.wait()
+        writer.write(chunk(second) + b"0\r\n\r\n")
+
+    served = await serve(await make_engine(compresses))
+    client = await served.connect()
+    client.send(post(prompt(stream=True)))
+    await asyncio.wait_for(client.reader.readuntil(first), 10)
+    going.set()
+    assert (await client.reader.readuntil(b"0\r\n\r\n")).endswith(chunk(second) + b"0\r\n\r\n")
+    assert served.gateway.stats.requests == {("completions", 200): 1}

@@ -186,6 +186,78 @@ SIZES = {
         {"inputs": [{"content": [{"type": "text", "text": "x" * 4000}]}]},
         1000,
     ),
+    "documents": (Route.CHAT, {"messages": [], "documents": [{"title": "a", "text": "word " * 800}]}, 1000),
+    "tools of a developer": (
+        Route.CHAT,
+        {"messages": [{"role": "developer", "content": "list", "tools": TOOLS}, {"role": "user", "content": "x"}]},
+        TOOLS_TOKENS,
+    ),
+    "arguments as an object": (
+        Route.CHAT,
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": {"path": "x" * 4000}}}]}
+            ]
+        },
+        1000,
+    ),
+    "a call of a custom tool": (
+        Route.CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"custom": {"name": "w", "input": "x" * 4000}}]}]},
+        1000,
+    ),
+    "a part of thinking": (
+        Route.CHAT,
+        {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "hmm " * 1000}]}]},
+        1000,
+    ),
+    "reasoning under both names": (
+        Route.CHAT,
+        {"messages": [{"role": "assistant", "reasoning": "hmm " * 1000, "reasoning_content": "hmm " * 1000}]},
+        1000,
+    ),
+    "video as embeddings": (
+        Route.CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "video_embeds", "video_embeds": IMAGE}]}]},
+        4000,
+    ),
+    "a part of embeddings": (
+        Route.CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "prompt_embeds", "data": IMAGE}]}]},
+        100,
+    ),
+    "embeddings": (Route.COMPLETIONS, {"prompt_embeds": IMAGE}, 100),
+    "lists of embeddings": (Route.COMPLETIONS, {"prompt": "x" * 4000, "prompt_embeds": [IMAGE] * 2}, 1200),
+    "prompts": (Route.COMPLETIONS, {"prompt": ["x" * 2000] * 2}, 1000),
+    "prompts of token ids": (Route.COMPLETIONS, {"prompt": [[7] * 500] * 2}, 1000),
+    "responses: a call of a custom tool": (
+        Route.RESPONSES,
+        {"input": [{"type": "custom_tool_call", "call_id": "c", "name": "w", "input": "x" * 4000}]},
+        1000,
+    ),
+    "responses: reasoning and its summary": (
+        Route.RESPONSES,
+        {
+            "input": [
+                {
+                    "type": "reasoning",
+                    "summary": [{"type": "summary_text", "text": "x" * 4000}],
+                    "content": [{"type": "reasoning_text", "text": "x" * 4000}],
+                }
+            ]
+        },
+        1000,
+    ),
+    "responses: earlier messages": (
+        Route.RESPONSES,
+        {"input": "x", "previous_input_messages": [{"role": "user", "content": "x" * 4000}]},
+        1000,
+    ),
+    "rerank the parts of an object": (
+        Route.RERANK,
+        {"query": "q" * 400, "documents": {"content": [{"type": "text", "text": "d" * 400}] * 5}},
+        1000,
+    ),
     "responses: an image": (
         Route.RESPONSES,
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": IMAGE}]}]},

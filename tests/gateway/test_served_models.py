@@ -8,6 +8,7 @@ from moe_gateway.engines.fleet import EngineFleet
 from moe_gateway.engines.served_models import find_partial, list_models, model_row
 
 from tests.gateway.messages import OK, json_answer, post
+from tests.gateway.peers import always
 from tests.gateway.waiting import until
 
 TURNS = {"policy": "roundRobin"}
@@ -108,3 +109,73 @@ async def test_a_name_is_not_refused_before_each_engine_has_listed_its_names(mak
     may_list.set()
     await until(lambda: served.gateway.dispatcher.models == {"tiny", "lora"}, "the names that the engine lists")
     assert (await served.ask(post({"model": "none", "prompt": "x"}))).status == 404
+
+
+async def test_an_adapter_that_an_engine_has_unloaded_since_is_asked_for_at_another_one(make_engine, serve):
+    unloaded = json_answer(
+        {"error": {"message": "The model `lora` does not exist.", "code": 404}}, status="404 Not Found"
+    )
+    gone, has_it = await make_engine(always(unloaded), start=False), await make_engine(start=False)
+    for engine in (gone, has_it):
+        rows = [{"id": "tiny", "parent": None}, {"id": "lora", "parent": "tiny"}]
+        page = json_answer({"object": "list", "data": rows})
+        own = engine._own_answer
+        engine._own_answer = lambda request, own=own, page=page: page if b"/v1/models" in request.line else own(request)
+        await engine.start()
+    served = await serve(gone, has_it, dispatch=TURNS)
+    await until(lambda: served.gateway.dispatcher.models == {"tiny", "lora"}, "the names")
+    for _ in range(6):
+        assert (await served.ask(post({"model": "lora", "prompt": "x"}))).json == OK
+    assert 1 <= len(gone.requests) <= 6
+    assert dict(served.gateway.dispatcher.ejections) == {}
+    # A name that is always served is not asked for twice.
+    statuses = [(await served.ask(post({"model": "tiny", "prompt": "x"}))).status for _ in range(4)]
+    assert sorted(statuses) == [200, 200, 404, 404]
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "plain"])
+async def test_while_no_engine_is_there_the_names_known_last_are_listed_at_once(make_engine, serve, agent):
+    engines = [await make_engine(agent=agent, start=False) for _ in range(2)]
+    for engine in engines:
+        engine.models = ["tiny", "alias"]
+        await engine.start()
+    served = await serve(*engines, limits={"hold_timeout_s": 30.0})
+    await until(lambda: served.gateway.dispatcher.models == {"tiny", "alias"}, "the names")
+    for engine in engines:
+        await engine.stop()
+        if agent:
+            served.gateway.dispatcher.set_ready(engine.name, False, served.gateway.clock())
+    await until(lambda: not served.gateway.dispatcher.accepting)
+    listed = await served.ask(MODELS)
+    assert [row["id"] for row in listed.json["data"]] == ["alias", "tiny"]
+    assert served.gateway.dispatcher.held == 0
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["agent", "plain"])
+async def test_an_adapter_can_be_asked_for_as_soon_as_it_is_loaded(make_engine, serve, agent):
+    loaded, other = await make_engine(agent=agent), await make_engine(agent=agent)
+    served = await serve(loaded, other)
+    await until(lambda: served.gateway.dispatcher.knows_all_models, "the names")
+    loaded.models.append("lora")
+    answers = await asyncio.gather(*(served.ask(post({"model": "lora", "prompt": "x"})) for _ in range(4)))
+    assert [answer.json for answer in answers] == [OK] * 4
+    assert (len(loaded.requests), len(other.requests)) == (4, 0)
+
+
+async def test_engines_are_asked_for_an_unknown_name_once_a_second_at_most(make_engine, serve, monkeypatch):
+    engine = await make_engine()
+    served = await serve(engine)
+    await until(lambda: served.gateway.dispatcher.knows_all_models, "the names")
+    asked, own = [], engine._own_answer
+
+    def count(request):
+        asked.extend([request] * (b"/v1/models" in request.line))
+        return own(request)
+
+    monkeypatch.setattr(engine, "_own_answer", count)
+    for number in range(20):
+        answer = await served.ask(post({"model": f"other-{number}", "prompt": "x"}))
+        assert (answer.status, answer.json["error"]["code"]) == (404, "model_not_found")
+    assert 1 <= len(asked) <= 5
+    assert engine.requests == []
+    assert (served.in_flight, served.gateway.dispatcher.held) == (0, 0)

@@ -132,7 +132,7 @@ def test_only_the_header_of_that_name_is_read(rows, name, value):
     [
         *((name, "the name of a header") for name in ("X-Team", "x team", "x:team", "x" * 65, "x-team\n")),
         # The gateway writes it itself, so no client's value gets through.
-        ("host", "host cannot name a tenant: the gateway takes none of connection, content-length"),
+        ("host", "host cannot name a tenant: the gateway takes none of accept-encoding, connection"),
         ("x-request-id", "x-request-id cannot name a tenant"),
     ],
 )

@@ -97,6 +97,7 @@ def test_a_stream_that_leaves_an_engine_that_drains_has_lost_no_attempt(attempts
         (500, False, AttemptFailure.BROKEN),
         (500, True, None),
         (502, False, None),
+        (429, True, None),
         (200, False, None),
     ],
 )
@@ -107,6 +108,13 @@ def test_the_status_of_a_full_or_draining_engine_is_a_failure_while_an_attempt_i
     assert attempts.failure_of_status(status, is_accepting=accepting) is failure
     attempts.begin()
     assert attempts.failure_of_status(status, is_accepting=accepting) is None
+
+
+def test_a_busy_engine_is_a_failure_only_where_another_one_takes_the_request(attempts):
+    attempts.begin()
+    assert attempts.failure_of_status(429, is_accepting=True, has_other=True) is AttemptFailure.ENGINE_FULL
+    attempts.begin()
+    assert attempts.failure_of_status(429, is_accepting=True, has_other=True) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from(AttemptFailure), st.floats(0.0, 30.0)), max_size=40))

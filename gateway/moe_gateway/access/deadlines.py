@@ -10,7 +10,7 @@ from moe_gateway.request.context import ClientRequest
 from moe_gateway.request.parsing import BadBody
 
 _MARK = DEADLINE + b":"
-_SECONDS = re.compile(rb"\d{1,9}(?:\.\d{0,9})?")
+_SECONDS = re.compile(rb"\d{1,9}(?:\.\d{0,9})?|\.\d{1,9}")
 
 
 def read_deadline(request: ClientRequest) -> None:

@@ -8,7 +8,7 @@ from moe_gateway.http.replies import RequestOutcome, build_error
 from moe_gateway.request.context import ClientRequest
 
 # Anthropic's API has errors of its own shape.
-_ANTHROPIC_PATH = b"/v1/messages"
+ANTHROPIC_PATH = b"/v1/messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,5 +59,5 @@ def build_denial(request: ClientRequest, denial: Denial, *, close: bool) -> byte
         close=close,
         retry_after_s=denial.retry_after_s,
         challenge=denial.challenge,
-        is_anthropic=request.url.startswith(_ANTHROPIC_PATH),
+        is_anthropic=request.url.startswith(ANTHROPIC_PATH),
     )

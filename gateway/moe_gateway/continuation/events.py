@@ -63,6 +63,7 @@ class EventReader:
             lower.startswith((b"http/1.1 200", b"http/1.0 200"))
             and b"text/event-stream" in lower
             and b"\r\ntransfer-encoding: chunked" in lower
+            and b"\r\ncontent-encoding:" not in lower
         )
         return True
 

@@ -37,6 +37,9 @@ class Checked(Protocol):
     def check(self, now_s: float) -> None:
         """Ends it where it took too long."""
 
+    def abort(self) -> None:
+        """Ends it at once."""
+
 
 @dataclass(slots=True, kw_only=True)
 class PickerParts:

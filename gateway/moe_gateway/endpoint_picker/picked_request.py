@@ -25,7 +25,7 @@ from moe_gateway.request.answer_account import AnswerAccount
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
 from moe_gateway.request.parsing import Parsed
-from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, ends_stream, part_of_status
+from moe_gateway.request.stream_events import AnswerPart, part_of_status
 
 CLIENT_LEFT = "the client or the proxy ended the request"
 NO_CONNECTION = "the proxy got no answer from the engine"
@@ -102,7 +102,6 @@ class PickedRequest:
         self.job: Job = job if servers is None else job._replace(servers=servers)
         self._account = AnswerAccount(route, request, context)
         self._beginning = AnswerBeginning()
-        self._last = self._before_last = b""
         self._last_s = request.arrived_s
         self._in_flight: InFlightRequest | None = None
         # Status of an answer whose body does not pass here: it is over when the proxy ends the request.
@@ -261,10 +260,8 @@ class PickedRequest:
             self._end_by_proxy(self._proxys_own, find_fault(data))
             return
         self._client.write(data)
-        self._before_last, self._last = self._last, data
         if self.attempts.is_answering:
-            if ERROR_MARK in data and self._beginning.is_events:
-                self._account.note_error(data, self._in_flight, self._last_s)
+            self._account.watch(data, self._in_flight, self._last_s)
         else:
             self._read_beginning(data, complete=complete)
         if complete:
@@ -288,6 +285,8 @@ class PickedRequest:
             dispatcher.fail(target, self._last_s)
         else:
             self._account.count(part, beginning, self._in_flight, self._last_s)
+        if beginning.is_events:
+            self._account.begin(beginning, self._in_flight, self._last_s)
 
     def _finish(self) -> None:
         """The last part of the answer has passed."""
@@ -304,8 +303,7 @@ class PickedRequest:
         """The proxy has ended the stream: unless the last event of the answer had passed, the client has left."""
         if self._shown_status:
             self.end(self._shown_status)
-        is_stream = self.attempts.is_answering and self._beginning.is_events
-        if not self._ended and is_stream and ends_stream(self._before_last + self._last):
+        if not self._ended and self._account.has_last_event:
             self._finish()
         if not self._ended:
             outcome = RequestOutcome.CLIENT_GONE

@@ -107,7 +107,11 @@ class EndpointPicker:
     def check(self, now_s: float) -> None:
         """Called several times a second: ends what took too long."""
         for stream in list(self._parts.open):
-            stream.check(now_s)
+            try:
+                stream.check(now_s)
+            except Exception:
+                log.exception("the check of a proxy's request failed")
+                stream.abort()
 
     async def drain(self) -> None:
         """Takes no new requests and waits for the running ones."""

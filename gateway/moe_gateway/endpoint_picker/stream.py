@@ -112,7 +112,12 @@ class Stream:
     def check(self, now_s: float) -> None:
         """Called a few times a second: ends what took too long."""
         picked = self._picked
-        if picked is not None and picked.check(now_s, self._parts.limits.idle_timeout_s) and self._task is not None:
+        if picked is not None and picked.check(now_s, self._parts.limits.idle_timeout_s):
+            self.abort()
+
+    def abort(self) -> None:
+        """Ends it at once."""
+        if self._task is not None:
             self._task.cancel()
 
     def _end(self) -> None:

@@ -5,7 +5,7 @@ An engine may get new requests while Kubernetes offers it, it says that it is re
 Failures and errors eject it, for `FIRST_EJECTION_S` first and twice as long each further time. A failure, such as a
 broken connection, ejects at once. An error that the engine answers may be due to the request, so it takes
 `ERRORS_TO_EJECT` of them, and such an engine is still used while there is no other. After an ejection an engine is on
-trial: it gets one request at a time, until one is answered.
+trial: it gets one request at a time, until one is answered; after errors until whole answers have forgiven them.
 """
 
 import math
@@ -262,11 +262,16 @@ class EngineFleet:
         return engine
 
     def succeed(self, target: Target) -> Engine | None:
-        """An engine begins an answer: its failures in a row end, and with them its ejection and its trial."""
+        """An engine begins an answer: its failures in a row end, and with them its ejection and its trial.
+
+        One that answered errors is on trial until the answer is whole: it may break again amid a stream.
+        """
         engine = self.engines.get(target.server)
         if engine is None or not (engine.failures or engine.trial is not None):
             return None
-        engine.failures, engine.ejected_until_s, engine.trial = 0, -math.inf, None
+        engine.failures, engine.ejected_until_s = 0, -math.inf
+        if not engine.is_on_trial:
+            engine.trial = None
         return engine
 
     def complete(self, target: Target) -> Engine | None:
@@ -276,7 +281,7 @@ class EngineFleet:
             return None
         engine.errors //= 2
         if engine.errors < ERRORS_TO_EJECT:
-            engine.suspended_until_s = -math.inf
+            engine.suspended_until_s, engine.trial = -math.inf, None
         return engine
 
     def ejected(self) -> list[Engine]:

@@ -36,6 +36,14 @@ def find_model(name: str, engines: Iterable[Engine], known: Collection[str]) -> 
     return next(rows, model_row(name) if name in known else None)
 
 
+def may_be_unloaded(name: str | None, engines: Collection[Engine]) -> bool:
+    """Whether an engine may have unloaded a model since it listed it, as it may a LoRA adapter."""
+    if name is None:
+        return False
+    row = find_model(name, engines, ())
+    return row is not None and (bool(row.get("parent")) or name in find_partial(engines))
+
+
 def list_models(engines: Collection[Engine]) -> dict[str, Any]:
     """The union of what engines list, as a document of `/v1/models`: each name once, in the order of the engines."""
     rows: dict[str, Mapping[str, Any]] = {}

@@ -135,6 +135,12 @@ async def _watch_models(engine: Engine, dispatcher: Dispatcher, session: aiohttp
             wait_s = MODELS_PERIOD_S
 
 
+async def list_all_models(dispatcher: Dispatcher, session: aiohttp.ClientSession) -> None:
+    """Asks all engines that are ready for their names at once, for `FIRST_LIST_TIMEOUT_S`."""
+    ready = [engine for engine in dispatcher.engines.values() if engine.is_ready]
+    await asyncio.gather(*(_list_models(engine, dispatcher, session, FIRST_LIST_TIMEOUT_S) for engine in ready))
+
+
 async def _list_models(
     engine: Engine, dispatcher: Dispatcher, session: aiohttp.ClientSession, timeout_s: float = SILENCE_S
 ) -> bool:

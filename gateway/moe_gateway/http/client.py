@@ -13,7 +13,7 @@ from typing import Any
 from moe_contract.gateway_config import Limits
 
 from moe_gateway.access.deadlines import read_deadline
-from moe_gateway.access.denials import Denial, build_denial
+from moe_gateway.access.denials import ANTHROPIC_PATH, Denial, build_denial
 from moe_gateway.access.priorities import read_priority
 from moe_gateway.engines.served_models import find_model, list_models, model_row
 from moe_gateway.http.bodies import BodyRefused
@@ -29,7 +29,7 @@ from moe_gateway.request.exchange import Exchange
 from moe_gateway.request.exchanges import make_exchange
 from moe_gateway.request.parsing import BadBody, Parsed
 from moe_gateway.request.pending_body import PendingBody
-from moe_gateway.request.pending_request import needs_search, read_pending
+from moe_gateway.request.pending_request import is_unknown, needs_search, read_pending
 from moe_gateway.request.reading import read_request
 from moe_gateway.request.rejections import explain_lost_response, explain_unknown_model
 
@@ -255,11 +255,10 @@ class ClientConnection(asyncio.Protocol):
     def _list_models(self) -> object | None:
         """The list of models where no engine alone has it: while none is there, or where they serve different names."""
         dispatcher, model = self._context.dispatcher, self._context.model
-        if dispatcher.partial_models:
-            return list_models(dispatcher.engines.values())
-        if not dispatcher.accepting and model:
-            return {"object": "list", "data": [model_row(model)]}
-        return None
+        engines, is_away = dispatcher.engines.values(), not dispatcher.accepting
+        if dispatcher.partial_models or (is_away and any(engine.models for engine in engines)):
+            return list_models(engines)
+        return {"object": "list", "data": [model_row(model)]} if is_away and model else None
 
     def _serve_model(self, request: ClientRequest) -> None:
         name, dispatcher = read_model_name(request.url), self._context.dispatcher
@@ -348,10 +347,11 @@ class ClientConnection(asyncio.Protocol):
     def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
         if not request.is_plain:
             parsed = read_priority(request, route, parsed)
-        dispatcher, model = self._context.dispatcher, parsed.model
-        models = dispatcher.models
-        if model is not None and models and model not in models and dispatcher.knows_all_models:
-            self._reply_unknown_model(request, route, model)
+        if parsed.model is not None and is_unknown(self._context, parsed):
+            if (names := self._context.names) is not None and names.may_help:
+                self._begin_reading(request, route, parsed)
+            else:
+                self._reply_unknown_model(request, route, parsed.model)
             return
         gate, previous = self._context.gate, parsed.previous_response
         owner = None if request.caller is None else request.caller.name
@@ -425,7 +425,7 @@ class ClientConnection(asyncio.Protocol):
             retry_after_s=retry_after_s,
             head_only=request.method == b"HEAD",
             allow=route.method if outcome is RequestOutcome.METHOD_NOT_ALLOWED and route is not None else None,
-            is_anthropic=route is not None and route.is_anthropic,
+            is_anthropic=request.url.startswith(ANTHROPIC_PATH),
         )
         self.transport.write(insert_lines(answer, self._context.cors.answer_lines(request.headers)))
         self._context.stats.finish(OTHER if route is None else route.label, outcome.status, refusal=outcome.label)
@@ -436,8 +436,7 @@ class ClientConnection(asyncio.Protocol):
         """Answers bytes that are no request, and ends the connection once the client has had time to read it."""
         assert self._reader.refusal is not None
         outcome, message = self._reader.refusal
-        route = find_route(self._reader.url)
-        is_anthropic = route is not None and route.is_anthropic
+        is_anthropic = self._reader.url.startswith(ANTHROPIC_PATH)
         if not self.transport.is_closing():
             request_id, lines = self._new_request_id(), self._context.cors.answer_lines(self._reader.headers)
             answer = build_error(outcome, message, request_id=request_id, close=True, is_anthropic=is_anthropic)

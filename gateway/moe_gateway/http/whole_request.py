@@ -68,7 +68,10 @@ def read_whole_request(data: bytes) -> WholeRequest | None:
     return WholeRequest(url, headers, body, request_id, special[sessions[0]].decode("latin-1"))
 
 
-_UNDERSTOOD = {b"connection", b"content-length", b"host", b"x-data-parallel-rank", b"x-request-id", *SESSION_HEADERS}
+_UNDERSTOOD = {
+    *(b"accept-encoding", b"connection", b"content-length", b"host", b"x-data-parallel-rank", b"x-request-id"),
+    *SESSION_HEADERS,
+}
 
 
 # Where the length of the body stands, as nearly all clients spell it.

@@ -8,8 +8,9 @@ from moe_gateway.http.routes import Route
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.answer_fields import find_prompt_tokens, find_response_id
 from moe_gateway.request.context import ClientRequest, ExchangeContext
+from moe_gateway.request.event_pieces import EventPieces
 from moe_gateway.request.parsing import Parsed
-from moe_gateway.request.stream_events import AnswerPart, find_error, part_of_status
+from moe_gateway.request.stream_events import AnswerPart, ends_stream, find_error, may_have_error, part_of_status
 
 USAGE_WINDOW_BYTES = 64 * 1024
 # A look-up of a member in its enum costs a fifth of a microsecond in Python 3.11.
@@ -23,15 +24,16 @@ class AnswerAccount:
     Attributes:
         ttft_s: seconds from its arrival to the first token of its stream; None before, and for an answer without one.
         has_answer: whether the engine answered what it was asked.
-        error_status: HTTP status that an error in its events stands for; 0 without one.
+        error_status: HTTP status that an error in place of its answer or among its events stands for; 0 without one.
     """
 
-    __slots__ = ("_context", "_request", "_route", "error_status", "has_answer", "ttft_s")
+    __slots__ = ("_context", "_pieces", "_request", "_route", "error_status", "has_answer", "ttft_s")
 
     def __init__(self, route: Route, request: ClientRequest, context: ExchangeContext) -> None:
         self._route = route
         self._request = request
         self._context = context
+        self._pieces: EventPieces | None = None
         self.ttft_s: float | None = None
         self.has_answer = False
         self.error_status = 0
@@ -40,6 +42,7 @@ class AnswerAccount:
         """Reports the part of an answer with which it begins."""
         dispatcher = self._context.dispatcher
         self.has_answer = part is _TOKEN or part is _WHOLE
+        self.error_status = beginning.error_status
         keeps = self.has_answer and self._route is _RESPONSES
         if keeps and (response_id := find_response_id(beginning.body)) is not None:
             self.note_response(response_id, sent)
@@ -48,7 +51,8 @@ class AnswerAccount:
             self.ttft_s = now_s - self._request.arrived_s
             self._context.stats.answer(self.ttft_s, now_s)
         elif part is _ENGINE_ERROR:
-            self.error_status = find_error(beginning.body) or 500 if beginning.is_events else 0
+            if beginning.is_events:
+                self.error_status = find_error(beginning.data) or 500
             dispatcher.count_error(sent.target, now_s)
         elif part is _WHOLE:
             dispatcher.answer(sent, now_s, is_first_token=self._route.only_reads)
@@ -59,10 +63,25 @@ class AnswerAccount:
         owner = None if caller is None else caller.name
         self._context.dispatcher.record_response(response_id, sent.target, owner)
 
-    def note_error(self, data: bytes, sent: InFlightRequest, now_s: float) -> None:
-        """An error may be among these bytes of a stream that has begun."""
-        if self.error_status:
+    def begin(self, beginning: AnswerBeginning, sent: InFlightRequest | None, now_s: float) -> None:
+        """A stream begins to pass; what has come of it may have an error."""
+        self._pieces = EventPieces(is_chunked=beginning.is_chunked)
+        self.watch(beginning.body, sent, now_s)
+
+    def watch(self, data: bytes, sent: InFlightRequest | None, now_s: float) -> None:
+        """Looks at the next bytes of a stream that has begun, for an error among its events."""
+        if self._pieces is None:
             return
+        events = self._pieces.add(data)
+        if events and may_have_error(events) and sent is not None and not self.error_status:
+            self._note_error(events, sent, now_s)
+
+    @property
+    def has_last_event(self) -> bool:
+        """Whether the last event of a stream has come."""
+        return self._pieces is not None and ends_stream(self._pieces.end)
+
+    def _note_error(self, data: bytes, sent: InFlightRequest, now_s: float) -> None:
         self.error_status = status = find_error(data)
         if status and part_of_status(status) is AnswerPart.ENGINE_ERROR:
             self.has_answer = False

@@ -15,6 +15,6 @@ def read_failure(beginning: AnswerBeginning) -> AttemptFailure:
     """
     if (beginning.status == 500 or beginning.is_events) and says_engine_is_dead(beginning.head + beginning.body):
         return AttemptFailure.ENGINE_DEAD
-    if beginning.is_events and find_error(beginning.body) == 503:
+    if beginning.is_events and find_error(beginning.data) == 503:
         return AttemptFailure.ENGINE_FULL
     return AttemptFailure.ENGINE_ERROR

@@ -20,7 +20,6 @@ from moe_gateway.http.replies import (
 from moe_gateway.http.routes import Route
 from moe_gateway.request.answer_beginning import AnswerBeginning
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext
-from moe_gateway.request.stream_events import ends_stream
 
 # An open stream gets a comment this often until its first token; proxies end connections that are silent for longer.
 KEEP_ALIVE_S = 10.0
@@ -36,7 +35,6 @@ class ClientAnswer:
     """
 
     __slots__ = (
-        "_before_last",
         "_client",
         "_context",
         "_gaps",
@@ -56,8 +54,8 @@ class ClientAnswer:
         self._is_anthropic = route.is_anthropic
         self._client = client
         self._context = context
-        # The newest two pieces of the answer.
-        self._last = self._before_last = b""
+        # The newest piece of the answer.
+        self._last = b""
         # Whether the head has promised chunks and the engine sends none.
         self._is_framing = False
         # What the head said about the connection; None before it.
@@ -109,7 +107,7 @@ class ClientAnswer:
             data = frame_chunk(data)
         if self._gaps is not None:
             self._measure_gap(self._gaps)
-        self._before_last, self._last = self._last, data
+        self._last = data
         self._client.write(data)
 
     def _measure_gap(self, gaps: LatencyWindow) -> None:
@@ -155,11 +153,6 @@ class ClientAnswer:
         self._wrote_s = now_s
         self._open(beginning)
         self._client.write(beginning.take_comments())
-
-    @property
-    def has_last_event(self) -> bool:
-        """Whether the last event of a stream has passed."""
-        return ends_stream(self._before_last + self._last)
 
     def end(self) -> None:
         """All bytes of the engine's answer have passed."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moe_gateway.access.gate import Admission, Gate
     from moe_gateway.access.key_table import Caller
     from moe_gateway.access.quotas import Place
+    from moe_gateway.engines.name_refresh import NameRefresh
     from moe_gateway.engines.response_search import ResponseSearch
     from moe_gateway.request.body_reader import BodyReader
     from moe_gateway.request.dispatched import DispatchedRequest
@@ -98,6 +99,7 @@ class ExchangeContext:
         tenant_header: the header that names a request's tenant, in lower case; empty: none does.
         bodies: reads bodies that take a while.
         responses: finds the engine of a response that another gateway passed on.
+        names: asks engines for their names before a request for an unknown one is refused; None: nobody asks.
         rare_headers: finds out whether a head has one of the headers that few requests have.
         cors: which pages in browsers may see answers.
         open_users: users that have requests under way.
@@ -116,6 +118,7 @@ class ExchangeContext:
     spawn: Callable[..., asyncio.Task[None]]
     on_end: Callable[["DispatchedRequest", int, str], None]
     recent: RecentRequests
+    names: "NameRefresh | None" = None
     tracer: "RequestTracer | None" = None
     model: str | None = None
     tenant_header: bytes = b""

@@ -100,8 +100,7 @@ class ContinuedExchange(SplitExchange):
             if continuation.response_id:
                 self._account.note_response(continuation.response_id, self._in_flight)
         if data:
-            if b'"error"' in data and self._in_flight is not None:
-                self._account.note_error(data, self._in_flight, self.last_s)
+            self._account.watch(data, self._in_flight, self.last_s)
             self._answer.pass_on(data)
         if continuation.failure is not None:
             self._leave(continuation.failure, connection)
@@ -136,7 +135,7 @@ class ContinuedExchange(SplitExchange):
         assert self._in_flight is not None
         self._context.dispatcher.fail(self._in_flight.target, self._context.clock())
         self._answer.pass_on(ending)
-        self._end_whole(self._beginning.status)
+        self._end(self._account.error_status or self._beginning.status)
         self._answer.finish(keep_alive=self._answer.keeps_alive)
 
     @property

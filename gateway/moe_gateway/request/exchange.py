@@ -12,13 +12,15 @@ these comes first: the answer is whole, the engine fails for good, the client go
 import asyncio
 
 from moe_contract.gateway_config import Limits
-from moe_scheduling.engine.attempts import AttemptFailure, NextStep, RequestAttempts
+from moe_scheduling.engine.attempts import BUSY, NOT_FOUND, REPEATED_STATUSES, AttemptFailure, NextStep, RequestAttempts
 from moe_scheduling.engine.choice import Send
 from moe_scheduling.request.fairness import ANONYMOUS_TENANT
 from moe_scheduling.signals import Target
 
 from moe_gateway.access.priorities import build_engine_id
+from moe_gateway.engines.failed_attempts import report_failure
 from moe_gateway.engines.hold_queue import Rejection
+from moe_gateway.engines.served_models import may_be_unloaded
 from moe_gateway.engines.target_states import STALL_S, InFlightRequest
 from moe_gateway.http.bodies import Body
 from moe_gateway.http.heads import build_request_head
@@ -32,7 +34,7 @@ from moe_gateway.request.client_answer import ClientAnswer
 from moe_gateway.request.context import ClientRequest, ClientSide, ExchangeContext, find_tenant
 from moe_gateway.request.parsing import Parsed
 from moe_gateway.request.rejections import REJECTIONS
-from moe_gateway.request.stream_events import ERROR_MARK, AnswerPart, part_of_status
+from moe_gateway.request.stream_events import AnswerPart, part_of_status
 
 ENGINE_GONE = "the engine was taken away"
 ENGINE_DEAD = "the engine has died"
@@ -215,8 +217,7 @@ class Exchange:
         """Bytes of the answer came."""
         self.last_s = self._context.clock()
         if self.attempts.is_answering:
-            if ERROR_MARK in data and self._beginning.is_events and self._in_flight is not None:
-                self._account.note_error(data, self._in_flight, self.last_s)
+            self._account.watch(data, self._in_flight, self.last_s)
             self._answer.pass_on(data)
             if connection.complete:
                 self._finish(connection)
@@ -228,7 +229,7 @@ class Exchange:
                 self._drop_upstream()
                 self._fail("the head of the engine's answer has no end")
             return
-        if connection.status in (500, 503) and self._retry_by_status(connection.status):
+        if connection.status in REPEATED_STATUSES and self._retry_by_status(connection.status):
             return
         part = beginning.read(data, connection.status, computes=self.computes, complete=connection.complete)
         if part is not _PENDING:
@@ -239,8 +240,11 @@ class Exchange:
     def _retry_by_status(self, status: int) -> bool:
         """Retries where the status is a failure of the attempt; returns False where it is the client's answer."""
         assert self._in_flight is not None
-        is_accepting = self._context.dispatcher.is_accepting(self._in_flight.target)
-        failure = self.attempts.failure_of_status(status, is_accepting=is_accepting)
+        dispatcher, target = self._context.dispatcher, self._in_flight.target
+        is_name = status == NOT_FOUND and self.computes and may_be_unloaded(self.job.model, dispatcher.engines.values())
+        has_other = (is_name or status == BUSY) and dispatcher.has_other(self.job, target, self.attempts.failed_targets)
+        is_accepting = dispatcher.is_accepting(target)
+        failure = self.attempts.failure_of_status(status, is_accepting=is_accepting, has_other=has_other)
         if failure is None:
             return False
         self._drop_upstream()
@@ -260,8 +264,8 @@ class Exchange:
         assert self._in_flight is not None
         self._account.count(part, beginning, self._in_flight, self.last_s)
         self.attempts.is_answering = True
-        if beginning.is_events and ERROR_MARK in beginning.body:
-            self._account.note_error(beginning.body, self._in_flight, self.last_s)
+        if beginning.is_events:
+            self._account.begin(beginning, self._in_flight, self.last_s)
         answer.begin(beginning)
         if connection.complete:
             self._finish(connection)
@@ -288,7 +292,7 @@ class Exchange:
         """Ends a stream of which comments have passed with the error that another engine answered."""
         assert self._in_flight is not None
         self._account.count(part, self._beginning, self._in_flight, self.last_s)
-        status = self._beginning.status
+        status = self._beginning.error_status or self._beginning.status
         self._answer.end_with_engine_error(self._beginning.error, status)
         self._end(status, f"the engine answered {status}", broken=True)
         self._answer.finish(keep_alive=False)
@@ -302,14 +306,14 @@ class Exchange:
         if self._paused and connection.transport is not None:
             connection.transport.resume_reading()
         connection.release()
-        if self._account.has_answer and self._in_flight is not None:
-            self._context.dispatcher.complete(self._in_flight, self.last_s)
         self._end_whole(status)
         self._answer.end()
         self._answer.finish(keep_alive=keep_alive)
 
     def _end_whole(self, status: int) -> None:
         """Ends it with this status, or that of the error with which its stream ended."""
+        if self._account.has_answer and self._in_flight is not None:
+            self._context.dispatcher.complete(self._in_flight, self.last_s)
         error_status = self._account.error_status
         self._end(error_status or status, ENGINE_ERROR if error_status >= 500 else "")
 
@@ -320,7 +324,7 @@ class Exchange:
         self._upstream = None
         if self.attempts.is_answering and not self._beginning.is_framed:
             # An answer without a length ends with the connection.
-            self._end(connection.status)
+            self._end_whole(connection.status)
             self._answer.end()
             self._answer.finish(keep_alive=False)
         elif self._answer.is_open and self._beginning.is_unframed_piece:
@@ -349,13 +353,9 @@ class Exchange:
         assert self._in_flight is not None
         context, target = self._context, self._in_flight.target
         now_s = context.clock()
+        is_answering = self.attempts.is_answering
         step = self.attempts.after_failure(target, failure, now_s, can_go_on=self._can_go_on)
-        if failure is AttemptFailure.ENGINE_FULL:
-            context.dispatcher.pause_full(target, now_s)
-        elif failure is AttemptFailure.ENGINE_ERROR:
-            context.dispatcher.count_error(target, now_s)
-        else:
-            context.dispatcher.fail(target, now_s, dead=failure is AttemptFailure.ENGINE_DEAD)
+        report_failure(context.dispatcher, target, failure, now_s, is_answering=is_answering)
         if step is NextStep.BREAK_OFF:
             self._break_off(reason)
             return
@@ -393,8 +393,7 @@ class Exchange:
         """The client is gone: the engine's connection is closed at once. One that has the last event got its answer."""
         if self._ended:
             return
-        is_whole = self.attempts.is_answering and self._beginning.is_events
-        if is_whole and self._answer.has_last_event:
+        if self._account.has_last_event:
             self._end_whole(self._beginning.status)
         else:
             outcome = RequestOutcome.CLIENT_GONE

@@ -9,8 +9,9 @@ import struct
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from moe_gateway.request.json_body import read_flag
 from moe_gateway.request.parsing import BadBody, Parsed, refuse_transfer
-from moe_gateway.request.unusual_fields import find_form_transfer_field
+from moe_gateway.request.unusual_fields import XARGS, find_form_transfer_field
 
 # Whisper makes 1,500 positions of 30 seconds.
 TOKENS_PER_S = 50
@@ -49,8 +50,11 @@ class _Fields:
         if self._header.lower() == b"content-disposition":
             _, options = parse_options_header(self._value)
             self._name = options.get(b"name", b"").decode("utf-8", "replace")
-            if self._name == _FILE and self.file_bytes is None:
-                self.file_bytes = 0
+            if self._name == _FILE:
+                self.file_bytes, self.file_head = 0, b""
+            elif self._name != XARGS:
+                # Of two fields of one name the engine takes the last.
+                self.values.pop(self._name, None)
         self._header = self._value = b""
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -75,7 +79,7 @@ def parse_form(headers: bytes, body: bytes) -> Parsed:
     fields = _read_fields(_read_boundary(headers), body)
     refuse_transfer(find_form_transfer_field(fields.values))
     model = fields.values.get("model", b"").decode("utf-8", "replace")
-    stream = fields.values.get("stream", b"").strip().lower() in (b"true", b"1", b"yes", b"on")
+    stream = read_flag(fields.values.get("stream", b"").decode("latin-1"))
     seconds = 0.0 if fields.file_bytes is None else audio_s(fields.file_head, fields.file_bytes)
     prompt = fields.values.get("prompt", b"")
     tokens = math.ceil(seconds * TOKENS_PER_S) + len(prompt) // 4

@@ -94,7 +94,10 @@ def parse_body(route: Route, body: bytes, *, bounds_answer: bool = False) -> Par
         try:
             priority = read_integer(priority)
         except ValueError:
-            raise BadBody("priority must be an integer", "priority") from None
+            if route.has_job and route is not _MESSAGES:
+                raise BadBody("priority must be an integer", "priority") from None
+            # These bodies have no such field in vLLM.
+            priority = 0
     if priority:
         priority = clamp_priority(priority)
     stream = document.get("stream", False)
@@ -171,9 +174,10 @@ def read_prompt(route: Route, document: dict[str, Any]) -> Prompt:
         return _with_tools(document, _read_messages(document.get("messages")))
     match route:
         case Route.RESPONSES:
-            return _with_tools(document, _read_texts([document.get("instructions"), document.get("input")]))
+            fields = ("instructions", "previous_input_messages", "input")
+            return _with_tools(document, _read_texts([document.get(name) for name in fields]))
         case Route.COMPLETIONS:
-            return _read_input(document.get("prompt"))
+            return _with_embeds(document.get("prompt_embeds"), _read_input(document.get("prompt")))
         case Route.EMBEDDINGS | Route.POOLING | Route.CLASSIFY:
             if "input" not in document and "messages" in document:
                 return _read_messages(document["messages"])
@@ -204,11 +208,17 @@ def _read_rare_prompt(route: Route, document: dict[str, Any]) -> Prompt:
 
 
 def _with_tools(document: dict[str, Any], prompt: Prompt) -> Prompt:
-    """The prompt behind its tools, which chat templates render first, as JSON."""
-    tools = document.get("tools") or document.get("functions")
-    if type(tools) is not list or not tools:
-        return prompt
-    return prompt._replace(text=dump_text(tools) + b"\n" + prompt.text)
+    """The prompt behind its tools and documents, which chat templates render first, as JSON."""
+    for rows in (document.get("documents"), document.get("tools") or document.get("functions")):
+        if type(rows) is list and rows:
+            prompt = prompt._replace(text=dump_text(rows) + b"\n" + prompt.text)
+    return prompt
+
+
+def _with_embeds(embeds: object, prompt: Prompt) -> Prompt:
+    """The prompt with its embeddings, whose tokens their bytes do not tell."""
+    count = len(embeds) if type(embeds) is list else int(type(embeds) is str)
+    return prompt._replace(media={**prompt.media, "embeds": count}) if count else prompt
 
 
 def _read_messages(messages: object) -> Prompt:
@@ -244,13 +254,17 @@ def _read_input(value: object) -> Prompt:
 
 # Fields of messages, content parts, tool calls and items of `/v1/responses` that chat templates render, the last first.
 _RENDERED = (
-    *("text", "refusal", "summary", "output", "arguments", "function", "function_call", "tool_calls", "content"),
-    *("reasoning_content", "reasoning", "name", "role"),
+    *("text", "refusal", "thinking", "summary", "output", "arguments", "input", "function", "custom", "function_call"),
+    *("tool_calls", "content", "reasoning_content", "reasoning", "tools", "name", "role"),
 )
+# Of these two fields, which clients send both, one is rendered.
+_SAME = (("reasoning_content", "reasoning"), ("summary", "content"))
+_AS_JSON = frozenset({"arguments", "tools"})
 _MEDIA_FIELDS = {
     **dict.fromkeys(("image_url", "input_image", "image", "image_pil", "image_embeds"), "image"),
     **dict.fromkeys(("input_audio", "audio_url", "audio", "audio_embeds"), "audio"),
-    **dict.fromkeys(("video_url", "input_video", "video"), "video"),
+    **dict.fromkeys(("video_url", "input_video", "video", "video_embeds"), "video"),
+    "prompt_embeds": "embeds",
 }
 # Characters at the end of a medium that stand for it in the text: enough for another one to differ.
 _MARK_CHARACTERS = 32
@@ -273,8 +287,20 @@ def _read_texts(value: object) -> Prompt:
                 media[kind] = media.get(kind, 0) + 1
                 texts.append(_mark(kind, part))
             else:
-                waiting.extend(part[name] for name in _RENDERED if name in part)
+                waiting.extend(_rendered_fields(part))
     return Prompt(_join(texts), None, media or _NO_MEDIA)
+
+
+def _rendered_fields(part: dict[str, Any]) -> list[Any]:
+    """What a chat template renders of an object, the last first."""
+    names = [name for name in _RENDERED if name in part]
+    for name, other in _SAME:
+        if name in names and part.get(other):
+            names.remove(name)
+    return [
+        dump_text(part[name]).decode() if name in _AS_JSON and type(part[name]) is not str else part[name]
+        for name in names
+    ]
 
 
 def _media_field(part: dict[str, Any]) -> str | None:

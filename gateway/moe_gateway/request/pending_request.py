@@ -1,6 +1,7 @@
-"""A request that waits before its dispatch: for its body to be read, and for the engine of the response that it names.
+"""A request that waits before its dispatch: for its body to be read, for the names of models, and for the engine of the
+response that it names.
 
-The engine is looked for where another gateway has passed the response on.
+That engine is looked for where another gateway has passed the response on.
 """
 
 from moe_scheduling.signals import Target
@@ -24,10 +25,17 @@ def needs_search(context: ExchangeContext, request: ClientRequest, parsed: Parse
     return url_of_response(previous) is not None
 
 
+def is_unknown(context: ExchangeContext, parsed: Parsed) -> bool:
+    """Whether a request names a model that no engine has listed, while all that are ready have listed theirs."""
+    dispatcher, model = context.dispatcher, parsed.model
+    models = dispatcher.models
+    return model is not None and bool(models) and model not in models and dispatcher.knows_all_models
+
+
 async def read_pending(
     pending: PendingBody, request: ClientRequest, route: Route, context: ExchangeContext, most_bytes: int
 ) -> Parsed:
-    """Reads the body of a request where that is still to be done, and looks for the engine of its response.
+    """Reads the body of a request where that is still to be done, and looks for its model and its response.
 
     Args:
         pending: the request while it waits.
@@ -44,6 +52,8 @@ async def read_pending(
     parsed = pending.parsed
     if parsed is None:
         parsed = await context.bodies.read(request, route, most_bytes, lambda: not pending.is_over)
+    if context.names is not None and is_unknown(context, parsed):
+        await context.names.refresh()
     if needs_search(context, request, parsed):
         await _search(pending, context, request, parsed)
     return parsed

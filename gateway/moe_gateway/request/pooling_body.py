@@ -29,13 +29,20 @@ class Scored(NamedTuple):
 def read_scored(document: dict[str, Any]) -> Scored:
     """The documents of a body, and the query that is read with each; work and memory grow with the body alone."""
     query, scored = _first(document, _QUERIES), _first(document, _DOCUMENTS)
-    documents = scored if type(scored) is list else [scored]
+    documents = _list_documents(scored)
     if _is_ids(query) and documents and all(map(_is_ids, documents)):
         return Scored([query, *documents], len(query) * len(documents) + sum(map(len, documents)))
     if type(query) is not str:
         return Scored([*(query if type(query) is list else [query]), *documents])
     times = max(1, min(len(documents), MOST_QUERY_CHARACTERS // (len(query) or 1)))
     return Scored([query] * times + documents)
+
+
+def _list_documents(scored: Any) -> list[Any]:
+    """The documents: of an object with parts each part is one, as in vLLM."""
+    if type(scored) is dict and type(scored.get("content")) is list:
+        return scored["content"]  # type: ignore[no-any-return]
+    return scored if type(scored) is list else [scored]
 
 
 def read_embedded(document: dict[str, Any]) -> object:

@@ -49,6 +49,7 @@ LONGEST_BEGINNING_BYTES = 1024 * 1024
 MOST_PENDING_EVENTS = 64
 SMALL_READ_BYTES = 4096
 ERROR_MARK = b'"error"'
+_ERROR_NAME = re.compile(rb"event: ?error")
 # An error within a text has its quotes escaped, so the mark stands in the frame of an event alone.
 _USUAL_TOKEN = re.compile(
     rb'"delta": ?\{"(?:content|reasoning|reasoning_content)": ?"[^"]|"choices": ?\[\{"index": ?\d+, ?"text": ?"'
@@ -58,8 +59,12 @@ _LAST_NAMED_EVENT = re.compile(
     rb'(?:event: (?:%b)\r?\ndata: |"type": ?"(?:%b)")[^\n]*\Z'
     % ((rb"response\.(?:completed|incomplete|failed)|message_stop",) * 2)
 )
-_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+CHUNK_SIZE = re.compile(rb"[ \t]*([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+# How an error begins that an engine answers as if it were what it was asked for, perhaps in a chunk.
+_ERROR_BODY = re.compile(
+    rb'(?:[0-9a-fA-F]{1,8}\r\n)?\s*\{\s*"(?:error"\s*:(?!\s*null\b)|(?:object|type)"\s*:\s*"error")'
+)
 _CLIENTS_ERROR = re.compile(
     r"bad_?request|invalid|not_?found|unprocessable|unsupported|not_?implemented|content_filter|context_length",
     re.IGNORECASE,
@@ -90,7 +95,7 @@ def split_chunks(raw: bytes) -> tuple[bytes, bytes]:
     The last chunk, of size zero, is left to the rest.
     """
     parts, at = [], 0
-    while (head := _CHUNK_SIZE.match(raw, at)) is not None:
+    while (head := CHUNK_SIZE.match(raw, at)) is not None:
         end = head.end() + int(head[1], 16)
         if end == head.end() or len(raw) < end + 2:
             break
@@ -109,7 +114,7 @@ def read_beginning(data: bytes) -> Beginning:
         return Beginning(_TOKEN, b"", data)
     comments, events, at = [], [], 0
     part = _PENDING
-    for blank in _BLANK_LINE.finditer(data):
+    for blank in BLANK_LINE.finditer(data):
         event, at = data[at : blank.end()], blank.end()
         if _is_comment(event):
             comments.append(event)
@@ -132,18 +137,34 @@ def may_end_event(data: bytes, held_bytes: int) -> bool:
     return b"\n\n" in data or b"\r\n\r\n" in data or b"\r\r" in data
 
 
+def may_have_error(data: bytes) -> bool:
+    """Whether an error may be among the events in these bytes: never False where one is."""
+    return b"error" in data and (ERROR_MARK in data or _ERROR_NAME.search(data) is not None)
+
+
 def find_error(data: bytes) -> int:
     """Returns the HTTP status that the first error among the events in these bytes stands for; 0 where none is.
 
     Args:
-        data: with or without the frames of chunks; an event that is not whole is passed over.
+        data: with the frames of chunks, if each ends with an event, or without them. An event that is not whole is
+            passed over.
     """
-    for line in data.split(b"\n"):
-        if line.startswith(b"data:") and ERROR_MARK in line:
-            _name, event = _read_fields(line)
-            if (document := _load(event)) is not None and (error := _error_of(document)) is not None:
+    for event in BLANK_LINE.split(data):
+        if may_have_error(event):
+            name, fields = _read_fields(event)
+            if (error := _read_error(name, fields)) is not None:
                 return _status_of(error)
     return 0
+
+
+def begins_error(answer: bytes, start: int) -> bool:
+    """Whether a body that begins at this place of an answer, perhaps in a chunk, begins as an error does."""
+    return _ERROR_BODY.match(answer, start) is not None
+
+
+def read_error_body(body: bytes) -> int:
+    """Returns the HTTP status that an error stands for which came as an answer in one piece."""
+    return _status_of(_read_error(b"", body) or {})
 
 
 def ends_stream(data: bytes) -> bool:
@@ -159,6 +180,8 @@ def read_event(event: bytes) -> AnswerPart:
     name, data = _read_fields(event)
     if data == b"[DONE]":
         return AnswerPart.WHOLE
+    if name == b"error":
+        return part_of_status(_status_of(_read_error(name, data)))
     if name.startswith(b"response.") and name != b"response.failed":
         return _part_of_response(name.decode("ascii", "replace"), {})
     if not data:
@@ -174,6 +197,13 @@ def _load(data: bytes) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return document if type(document) is dict else None
+
+
+def _read_error(name: bytes, data: bytes) -> object:
+    """The error in an event of this name; None where there is none."""
+    document = _load(data)
+    error = None if document is None else _error_of(document)
+    return (document or {}) if error is None and name == b"error" else error
 
 
 def _is_comment(event: bytes) -> bool:

@@ -19,6 +19,11 @@ from enum import Enum, StrEnum
 from moe_scheduling.signals import Target
 
 MAX_ATTEMPTS = 2
+# vLLM has no answer of this status; proxies in front of a server have it.
+BUSY = 429
+NOT_FOUND = 404
+# Those that may be failures of an attempt.
+REPEATED_STATUSES = frozenset({NOT_FOUND, BUSY, 500, 503})
 
 
 class AttemptFailure(StrEnum):
@@ -26,8 +31,9 @@ class AttemptFailure(StrEnum):
 
     `UNREACHABLE`: no connection was made, so the engine has not seen the request. `BROKEN`: the connection ended early,
     or what came is no answer. `ENGINE_DEAD`: the engine's server answered that its engine process is dead.
-    `ENGINE_ERROR`: it answered with an error of its own before the first token. `ENGINE_FULL`: it answered 503, which
-    is no fault of the engine.
+    `ENGINE_ERROR`: it answered with an error of its own before the first token. `ENGINE_FULL`: it answered 503, or
+    429 while another engine takes requests, which is no fault of the engine. `NOT_SERVED`: it does not know the model
+    (any more), and another engine may.
     """
 
     UNREACHABLE = "unreachable"
@@ -35,6 +41,7 @@ class AttemptFailure(StrEnum):
     ENGINE_DEAD = "engine_dead"
     ENGINE_ERROR = "engine_error"
     ENGINE_FULL = "engine_full"
+    NOT_SERVED = "not_served"
 
 
 class NextStep(Enum):
@@ -87,20 +94,23 @@ class RequestAttempts:
         """The request was written to the connection of an engine."""
         self._is_received = True
 
-    def failure_of_status(self, status: int, *, is_accepting: bool) -> AttemptFailure | None:
+    def failure_of_status(self, status: int, *, is_accepting: bool, has_other: bool = False) -> AttemptFailure | None:
         """The failure that an HTTP status stands for; None when it is the answer for the client.
 
         An engine that is full or about to end answers 503, and 500 while it drains. With no attempt left, both are
-        passed on.
+        passed on. So are 429, which may be meant for the client, and 404, unless another engine takes the request.
 
         Args:
             status: of the engine's answer.
             is_accepting: whether its target takes new requests; a drained one does not.
+            has_other: whether another target takes the request at once, and for 404 whether it is about a model's name.
         """
         if self.count >= MAX_ATTEMPTS:
             return None
-        if status == 503:
+        if status == 503 or (status == BUSY and has_other):
             return AttemptFailure.ENGINE_FULL
+        if status == NOT_FOUND and has_other:
+            return AttemptFailure.NOT_SERVED
         return AttemptFailure.BROKEN if status == 500 and not is_accepting else None
 
     def after_failure(

@@ -3,8 +3,8 @@
 The gateway owns one estimate for each model: `observe` takes the prompt tokens of a finished response (its `usage`),
 `tokens` sizes the next job.
 
-Images, audio and video cost tokens that have nothing to do with their bytes. `MediaTokens` learns the tokens of one of
-each kind, so that the ratio is learned from texts alone.
+Images, audio, video and embeddings cost tokens that have nothing to do with their bytes. `MediaTokens` learns the
+tokens of one of each kind, so that the ratio is learned from texts alone.
 
 Invariants: the ratio stays between 1 byte a token, the least of a byte-level tokenizer, and 16; one observation moves
 it by at most a third of the way, so that no single report spoils it.
@@ -48,15 +48,16 @@ class TokenRatio:
         self._bytes_per_token += (seen - self._bytes_per_token) * weight / (weight + _MEMORY_TOKENS)
 
 
-# Tokens of one until some were observed: an image of about a megapixel, half a minute of audio, some seconds of video.
-_START_MEDIA_TOKENS: Mapping[str, float] = {"image": 1000.0, "audio": 400.0, "video": 4000.0}
+# Tokens of one until some were observed: an image of about a megapixel, half a minute of audio, some seconds of video,
+# some sentences as embeddings.
+_START_MEDIA_TOKENS: Mapping[str, float] = {"image": 1000.0, "audio": 400.0, "video": 4000.0, "embeds": 100.0}
 _MOST_MEDIA_TOKENS = 1_000_000.0
 # One observation changes an estimate by at most this factor, half of the way on a logarithmic scale.
 _MOST_MEDIA_CHANGE = 4.0
 
 
 class MediaTokens:
-    """Estimates the prompt tokens of images, audio and video by their number."""
+    """Estimates the prompt tokens of images, audio, video and prompts as embeddings by their number."""
 
     __slots__ = ("_tokens",)
 
@@ -64,7 +65,7 @@ class MediaTokens:
         self._tokens = dict(_START_MEDIA_TOKENS)
 
     def tokens(self, counts: Mapping[str, int]) -> int:
-        """Returns the estimated tokens of this many of each kind: `image`, `audio` or `video`."""
+        """Returns the estimated tokens of this many of each kind: `image`, `audio`, `video` or `embeds`."""
         return math.ceil(sum(self._tokens[kind] * count for kind, count in counts.items()))
 
     def observe(self, counts: Mapping[str, int], n_tokens: int) -> None:

@@ -94,13 +94,15 @@ def test_a_fleet_that_is_full_without_prefill_engines_lets_prompts_wait_as_at_th
     assert find_prefill_wait_s(observe(requests_per_s=requests_per_s), GROWTH) == pytest.approx(most_s, rel=0.05)
 
 
-def test_what_comes_after_the_prompt_is_part_of_its_time():
-    """The transfer and the steps until the first token are within the growth of TTFT, not beside it."""
-    load, apart = (observe(requests_per_s=42.0, prefill=count) for count in (0, 2))
-    inter_token_s = predict_latency_s(apart, 2, 100.0)[1]
-    shorter_s = find_prefill_wait_s(load, GROWTH) - find_prefill_wait_s(apart, GROWTH)
-    assert shorter_s == pytest.approx(apart.transfer_s + STEPS_TO_FIRST_TOKEN * inter_token_s)
-    assert find_prefill_wait_s(observe(requests_per_s=42.0, prefill=2, transfer_s=5.0), GROWTH) == 0.0
+def test_what_comes_after_the_prompt_is_part_of_its_first_token():
+    """The transfer and the steps until the first token are within the growth of TTFT that the plan keeps to."""
+    near, far = (observe(requests_per_s=42.0, transfer_s=transfer_s) for transfer_s in (0.006, 0.026))
+    # Fewer prompts go apart, and interrupt more answers.
+    assert predict_latency_s(far, 2, GROWTH)[1] > predict_latency_s(near, 2, GROWTH)[1]
+    alone = observe(requests_per_s=1e-6, answer_tokens=0.0)
+    own_s = B300.base_s + B300.prefill_base_s + 4000 * B300.prefill_s
+    expected_s = own_s + alone.transfer_s + STEPS_TO_FIRST_TOKEN * B300.base_s
+    assert predict_latency_s(alone, 2, 10.0)[0] == pytest.approx(expected_s, rel=1e-3)
 
 
 @pytest.mark.parametrize("prefilling", [1, 2, 3])

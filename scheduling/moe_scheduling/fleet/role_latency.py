@@ -148,12 +148,8 @@ def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> flo
     model = observation.step_time
     if model is None or not observation.servers or not observation.requests_per_s:
         return 0.0
-    latest_s = (1.0 + ttft_growth) * _find_whole_s(observation)
     own_s = model.base_s + model.prefill_base_s + model.prefill_s * observation.prompt_tokens
-    prefilling = sum(server.role is EngineRole.PREFILL for server in observation.servers)
-    if 0 < prefilling < len(observation.servers):
-        latest_s -= _after_prefill_s(observation, prefilling)
-    return max(0.0, latest_s - own_s)
+    return max(0.0, (1.0 + ttft_growth) * _find_whole_s(observation) - own_s)
 
 
 def _find_whole_s(observation: RoleObservation) -> float:

@@ -11,7 +11,7 @@ from moe_lab.disaggregation.matrix import Run, rate_run, source_digest
 from moe_lab.disaggregation.report import render
 from moe_lab.disaggregation.workloads import AGENTS, CHANGE, Folders, build_workload
 from moe_scheduling.engine.disaggregation import LatencyTargets
-from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_cost_s
+from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_costs_s
 from moe_scheduling.fleet.roles import RoleSettings
 from moe_scheduling.signals import StepTime
 from moe_tools.advisor.clocks import ServerParallelism, choose_clock
@@ -162,6 +162,6 @@ def test_roles_settle_where_none_changes_any_more(growth):
     )
     settings = RoleSettings(ttft_growth=growth)
     settled = settled_prefill(observed, settings)
-    costs_s = [predict_cost_s(observed, count, growth) for count in range(4)]
+    costs_s = predict_costs_s(observed, growth)
     assert (settled > 0) is (growth > 0)
     assert costs_s[settled] * (1.0 - settings.least_gain) <= min(costs_s)

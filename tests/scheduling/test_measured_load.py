@@ -46,6 +46,34 @@ def test_a_sender_scales_its_rate_up_by_its_part_of_the_traffic(share, factor):
     assert load.measured_s is None
 
 
+@pytest.mark.parametrize(("prompts", "variation"), [([], 0.0), ([0, 0], 0.0), ([300, 300], 0.0), ([100, 300], 0.25)])
+def test_the_variation_of_prompts_is_their_variance_over_the_square_of_the_mean(prompts, variation):
+    load = MeasuredLoad()
+    for tokens in prompts:
+        load.arrived(tokens, 10.0)
+    assert load.prompt_variation == pytest.approx(variation)
+    assert observe([state("a")], load).prompt_variation == load.prompt_variation
+
+
+def test_each_part_of_the_step_time_is_that_of_the_engines_which_see_it():
+    """A prefill engine decodes nothing: its fit splits a step's time between two terms that it cannot tell apart."""
+    prefill = StepTime(base_s=0.011, prefill_s=0.000007, decode_s=0.0, prefill_base_s=0.011)
+    decode = StepTime(base_s=0.003, prefill_s=0.00003, decode_s=0.0001, decode_root_s=0.001, prefill_base_s=0.001)
+    found = observe([state("a", step_time=prefill), state("b", step_time=decode)]).step_time
+    assert (found.base_s, found.decode_s, found.decode_root_s) == (0.003, 0.0001, 0.001)
+    assert found.step_s(8192, 0) == pytest.approx(prefill.step_s(8192, 0))
+    # The roles decide it, not the engines.
+    other = observe([state("a", step_time=decode), state("b", step_time=prefill)]).step_time
+    assert other.base_s == 0.011
+    assert other.prefill_base_s == 0.0
+
+
+@pytest.mark.parametrize("servers", ["a", "b"])
+def test_engines_of_one_role_count_alone(servers):
+    assert observe([state(name) for name in servers]).step_time == STEP
+    assert observe([state("a", step_time=None), state("b", step_time=None)]).step_time is None
+
+
 def test_the_mean_step_time_is_that_of_the_models_that_are_known():
     slow = StepTime(base_s=0.03, prefill_s=0.003, decode_s=0.0015)
     found = mean_step_time([STEP, None, slow])

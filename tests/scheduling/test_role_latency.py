@@ -5,11 +5,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moe_scheduling.engine.disaggregation import STEPS_TO_FIRST_TOKEN, EngineRole
 from moe_scheduling.fleet.role_latency import (
     RoleObservation,
     ServerLoad,
     find_prefill_wait_s,
-    predict_cost_s,
+    predict_costs_s,
     predict_latency_s,
 )
 from moe_scheduling.signals import StepTime
@@ -19,11 +20,12 @@ B300 = StepTime(base_s=0.0021, prefill_s=8.2e-6, decode_s=0.0, decode_root_s=0.0
 GROWTH = 0.5
 
 
-def observe(*, servers=4, **values):
+def observe(*, servers=4, prefill=0, **values):
     usual = {
         "step_time": B300, "step_tokens": 8192, "prompt_tokens": 4000.0, "answer_tokens": 100.0, "transfer_s": 0.006,
     }  # fmt: skip
-    fleet = [ServerLoad(name=f"e{number}") for number in range(servers)]
+    roles = [EngineRole.PREFILL] * prefill + [EngineRole.UNIFIED] * (servers - prefill)
+    fleet = [ServerLoad(name=f"e{number}", role=role) for number, role in enumerate(roles)]
     return RoleObservation(observed_s=0.0, servers=fleet, **{**usual, **values})
 
 
@@ -44,7 +46,7 @@ def test_the_predictions_come_near_to_simulated_fleets(requests_per_s, simulated
 
 def test_the_number_of_prefill_engines_is_that_of_the_cheapest_simulated_fleet():
     # Simulated ends are 1423, 1250, 1280 and 1391 ms at the lower rate, and 4003, 3178, 2075 and 1729 at the higher.
-    costs_s = {rate: [predict_cost_s(observe(requests_per_s=rate), k, GROWTH) for k in range(4)] for rate in (42, 63)}
+    costs_s = {rate: predict_costs_s(observe(requests_per_s=rate), GROWTH) for rate in (42, 63)}
     assert costs_s[42].index(min(costs_s[42])) in (1, 2)
     assert costs_s[63].index(min(costs_s[63])) == 3
 
@@ -92,6 +94,42 @@ def test_a_fleet_that_is_full_without_prefill_engines_lets_prompts_wait_as_at_th
     assert find_prefill_wait_s(observe(requests_per_s=requests_per_s), GROWTH) == pytest.approx(most_s, rel=0.05)
 
 
+def test_what_comes_after_the_prompt_is_part_of_its_first_token():
+    """The transfer and the steps until the first token are within the growth of TTFT that the plan keeps to."""
+    near, far = (observe(requests_per_s=42.0, transfer_s=transfer_s) for transfer_s in (0.006, 0.026))
+    # Fewer prompts go apart, and interrupt more answers.
+    assert predict_latency_s(far, 2, GROWTH)[1] > predict_latency_s(near, 2, GROWTH)[1]
+    alone = observe(requests_per_s=1e-6, answer_tokens=0.0)
+    own_s = B300.base_s + B300.prefill_base_s + 4000 * B300.prefill_s
+    expected_s = own_s + alone.transfer_s + STEPS_TO_FIRST_TOKEN * B300.base_s
+    assert predict_latency_s(alone, 2, 10.0)[0] == pytest.approx(expected_s, rel=1e-3)
+
+
+@pytest.mark.parametrize("prefilling", [1, 2, 3])
+@pytest.mark.parametrize("requests_per_s", [21.0, 42.0, 63.0])
+def test_as_many_prompts_go_apart_as_have_their_first_token_in_time(requests_per_s, prefilling):
+    load = observe(requests_per_s=requests_per_s, prompt_variation=0.75)
+    whole_s, _ = predict_latency_s(load, 0, GROWTH)
+    # Where too few go apart, the other engines take longer for theirs.
+    assert predict_latency_s(load, prefilling, GROWTH)[0] <= (1.0 + GROWTH) ** 2 * whole_s
+
+
+def test_prompts_of_different_lengths_wait_longer_where_engines_are_busy():
+    alike, mixed = (
+        [predict_latency_s(observe(requests_per_s=rate, prompt_variation=variation), 0, 0.0)[0] for rate in (0.1, 75.0)]
+        for variation in (0.0, 3.0)
+    )
+    assert mixed[0] == pytest.approx(alike[0])
+    assert mixed[1] > 1.1 * alike[1]
+
+
+def test_a_load_that_no_number_can_serve_is_planned_as_near_the_greatest_that_one_can():
+    for requests_per_s in (120.0, 1e3):
+        costs_s = predict_costs_s(observe(requests_per_s=requests_per_s), GROWTH)
+        assert costs_s.index(min(costs_s)) == 3
+        assert math.isfinite(costs_s[3])
+
+
 def test_where_no_load_can_be_served_no_prompt_waits():
     slow = StepTime(base_s=100.0, prefill_s=1.0, decode_s=1.0)
     assert find_prefill_wait_s(observe(step_time=slow, requests_per_s=10.0), GROWTH) == 0.0
@@ -99,8 +137,8 @@ def test_where_no_load_can_be_served_no_prompt_waits():
 
 def test_prefill_engines_that_lengthen_ttft_beyond_the_growth_do_not_count():
     slow = observe(requests_per_s=42.0, transfer_s=5.0)
-    assert predict_cost_s(slow, 2, GROWTH) == math.inf
-    assert predict_cost_s(slow, 2, 100.0) < math.inf
+    assert predict_costs_s(slow, GROWTH)[2] == math.inf
+    assert predict_costs_s(slow, 100.0)[2] < math.inf
 
 
 STEP_TIMES = st.builds(
@@ -121,19 +159,25 @@ STEP_TIMES = st.builds(
     st.integers(1, 16),
     st.integers(2, 8),
     st.integers(1, 32_768),
+    st.floats(0, 1e3),
     st.data(),
 )
-def test_predictions_are_never_negative_nor_nan(step_time, rate, prompt, answer, ranks, servers, step_tokens, data):
+def test_predictions_are_never_negative_nor_nan(
+    step_time, rate, prompt, answer, ranks, servers, step_tokens, variation, data
+):
     load = observe(
         servers=servers, step_time=step_time, requests_per_s=rate, prompt_tokens=prompt, answer_tokens=answer,
-        ranks=ranks, step_tokens=step_tokens,
+        ranks=ranks, step_tokens=step_tokens, prompt_variation=variation,
+        prefill=data.draw(st.integers(0, servers)),
     )  # fmt: skip
     prefilling = data.draw(st.integers(0, servers - 1))
     ttft_s, inter_token_s = predict_latency_s(load, prefilling, GROWTH)
     assert ttft_s >= 0.0
     assert inter_token_s >= 0.0
     assert (ttft_s == math.inf) is (inter_token_s == math.inf)
-    assert predict_cost_s(load, prefilling, GROWTH) >= 0.0
+    costs_s = predict_costs_s(load, GROWTH)
+    assert len(costs_s) == servers
+    assert all(cost_s >= 0.0 for cost_s in costs_s)
     assert 0.0 <= find_prefill_wait_s(load, GROWTH) < math.inf
 
 

@@ -10,8 +10,10 @@ from enum import StrEnum
 
 from moe_scheduling.settings import check_settings, setting
 
-# A request that arrives at the engine that decodes waits for half of the running step, and takes part in the next.
-STEPS_TO_FIRST_TOKEN = 1.5
+# vLLM schedules a step while the one before it runs. So a request waits for half of the running step until its blocks
+# are asked for; when they are there, for half of the next one and for the one that is scheduled already, and takes part
+# in the one after that.
+STEPS_TO_FIRST_TOKEN = 3.0
 
 
 class EngineRole(StrEnum):

@@ -335,7 +335,7 @@ def _side(
         first_token_s=state.first_token_s(own, step_time, now_s, stale_after_s),
         interrupted_s=delayed * (token_s * (longest - backlog) + prompt_s * steps),
         prefill_step_s=step_s + prompt_s + token_s * min(longest, step_tokens) if group.decoding else 0.0,
-        arrive_s=state.ttft_model(step_time, now_s, stale_after_s).kv_s + STEPS_TO_FIRST_TOKEN * (step_s + behind_s),
+        arrive_s=state.ttft_model(step_time, now_s, stale_after_s).kv_s + STEPS_TO_FIRST_TOKEN * step_s + behind_s,
         inter_token_s=inter_token_s,
         crowded_s=group.requests * (1.0 - before_s / step_s) * inter_token_s if step_s else 0.0,
         decode_step_s=step_s + behind_s,

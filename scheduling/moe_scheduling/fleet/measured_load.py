@@ -6,7 +6,7 @@ All times are arguments on one clock that begins near 0 or long before the first
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from moe_scheduling.engine.disaggregation import EngineRole
 from moe_scheduling.engine.target_state import TargetState
@@ -33,6 +33,7 @@ class MeasuredLoad:
     answer_tokens: float = 128.0
     _count: float = 0.0
     _tokens: float = 0.0
+    _squares: float = 0.0
     _at_s: float = 0.0
     _ended: int = 0
     _ended_s: float = 0.0
@@ -41,6 +42,7 @@ class MeasuredLoad:
         """A request came, with this number of uncached prompt tokens."""
         kept = math.exp((self._at_s - now_s) / _MEMORY_S)
         self._count, self._tokens, self._at_s = kept * self._count + 1.0, kept * self._tokens + tokens, now_s
+        self._squares = kept * self._squares + tokens * tokens
 
     def ended(self, answer_tokens: float, lasted_s: float) -> None:
         """A request ended, `lasted_s` seconds after its arrival."""
@@ -61,6 +63,11 @@ class MeasuredLoad:
     def prompt_tokens(self) -> float:
         """Mean tokens of the recent prompts."""
         return self._tokens / self._count if self._count else 0.0
+
+    @property
+    def prompt_variation(self) -> float:
+        """Variance of the tokens of the recent prompts over the square of their mean."""
+        return max(0.0, self._squares * self._count / self._tokens**2 - 1.0) if self._tokens else 0.0
 
     @property
     def measured_s(self) -> float | None:
@@ -99,14 +106,30 @@ def observe_roles(
             for name, count in decoding.items()
         ],
         ranks=max(1, round(len(states) / max(1, len(decoding)))),
-        step_time=mean_step_time(state.step_time_model for state in states),
+        step_time=_step_time(states, roles),
         step_tokens=min(state.step_tokens for state in states) if states else STEP_PREFILL_TOKENS,
         requests_per_s=load.requests_per_s(now_s) / max(_LEAST_SHARE, traffic_share),
         prompt_tokens=load.prompt_tokens,
+        prompt_variation=load.prompt_variation,
         answer_tokens=load.answer_tokens,
         transfer_s=transfer_s,
         measured_s=load.measured_s,
     )
+
+
+def _step_time(states: Sequence[TargetState], roles: Mapping[str, EngineRole]) -> StepTime | None:
+    """Returns the step-time model of an engine that does everything; None without one.
+
+    Prefill engines decode nothing, and the others compute few prompts: each has the terms that it does not see from
+    hardly any steps, or none. So with both there are, the time of steps with prompts is that of the prefill engines.
+    """
+    apart = [state for state in states if roles.get(state.target.server) is EngineRole.PREFILL]
+    prefill = mean_step_time(state.step_time_model for state in apart)
+    decode = mean_step_time(state.step_time_model for state in states if state not in apart)
+    if prefill is None or decode is None:
+        return prefill or decode
+    prompt_s = prefill.base_s + prefill.prefill_base_s
+    return replace(decode, prefill_s=prefill.prefill_s, prefill_base_s=max(0.0, prompt_s - decode.base_s))
 
 
 def mean_step_time(models: Iterable[StepTime | None]) -> StepTime | None:

@@ -22,7 +22,7 @@ Invariants: pure; all results are at least 0, and infinite where the engines are
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,6 +36,8 @@ _LONGEST_STEP_S = 10.0
 _PRECISION = 1e-4
 _MOST_ROUNDS = 200
 _ROUNDS_OF_PART = 12
+# Part of the greatest load that a fleet can serve, in place of a greater one.
+_MOST_LOAD = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,7 @@ class RoleObservation:
         step_tokens: most tokens of a step of a rank.
         requests_per_s: requests a second of the whole fleet.
         prompt_tokens: mean uncached tokens of a prompt.
+        prompt_variation: variance of them over the square of the mean, at least 0: prompts of one length have 0.
         answer_tokens: mean tokens of an answer.
         transfer_s: mean seconds of a transfer of KV blocks.
         measured_s: mean measured time to the last token of the requests that ended since the last change; None: none.
@@ -77,23 +80,38 @@ class RoleObservation:
     step_tokens: int = STEP_PREFILL_TOKENS
     requests_per_s: float = 0.0
     prompt_tokens: float = 0.0
+    prompt_variation: float = 0.0
     answer_tokens: float = 0.0
     transfer_s: float = 0.0
     measured_s: float | None = None
 
 
-def predict_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
-    """Returns the predicted mean time to the last token with this many prefill engines.
+def predict_costs_s(observation: RoleObservation, ttft_growth: float) -> list[float]:
+    """Returns the predicted mean time to the last token for each number of prefill engines, from none to all but one.
 
-    Infinite where engines are full, or the TTFT exceeds that without prefill engines by more than the growth.
+    Infinite where engines are full, or the TTFT exceeds that without prefill engines by more than the growth. Of a load
+    that no number can serve they are those near the greatest part of it that one can, whatever the TTFT: without
+    prefill engines that would grow without bound.
 
     Args:
         observation: the load; its `step_time` is known.
-        prefilling: engines that compute prompts alone, fewer than all.
         ttft_growth: part by which prefill engines may lengthen the TTFT.
     """
+    latest_s = (1.0 + ttft_growth) * _predict(observation, 0, 0.0).whole_s
+
+    def at(part: float) -> list[float]:
+        load = _part_of(observation, part)
+        return [_predict_cost_s(load, count, ttft_growth, latest_s) for count in range(len(observation.servers))]
+
+    costs_s = at(1.0)
+    if min(costs_s, default=0.0) < math.inf:
+        return costs_s
+    return at(_MOST_LOAD * _find_most(lambda part: min(at(part)) < math.inf, 1.0))
+
+
+def _predict_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float, latest_s: float) -> float:
     ttft_s, inter_token_s = predict_latency_s(observation, prefilling, ttft_growth)
-    if ttft_s == math.inf or ttft_s > (1.0 + ttft_growth) * _predict(observation, 0, 0.0).whole_s:
+    if ttft_s == math.inf or ttft_s > latest_s:
         return math.inf
     return ttft_s + observation.answer_tokens * inter_token_s
 
@@ -112,7 +130,7 @@ def predict_latency_s(observation: RoleObservation, prefilling: int, ttft_growth
         return math.inf, math.inf
     if not apart:
         return whole_s, inter_token_s
-    pair_s = prefill_s + observation.transfer_s + STEPS_TO_FIRST_TOKEN * inter_token_s
+    pair_s = prefill_s + _after_prefill_s(observation, prefilling)
     return (1.0 - apart) * whole_s + apart * pair_s, inter_token_s
 
 
@@ -135,39 +153,57 @@ def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> flo
 
 
 def _find_whole_s(observation: RoleObservation) -> float:
-    """Returns the predicted TTFT without prefill engines at this load, or at the greatest one that is served; or 0."""
-    whole_s = _predict(observation, 0, 0.0).whole_s
-    if whole_s < math.inf:
-        return whole_s
-    least, most, whole_s = 0.0, 1.0, 0.0
+    """Returns the predicted TTFT without prefill engines at this load, or near the greatest one that is served; or 0.
+
+    Near is `_MOST_LOAD` of it: at the very load that fills a fleet its queue has no end.
+    """
+
+    def at(part: float) -> float:
+        return _predict(_part_of(observation, part), 0, 0.0).whole_s
+
+    most = _find_most(lambda part: at(part) < math.inf, 1.0 / _MOST_LOAD)
+    whole_s = at(_MOST_LOAD * most)
+    return whole_s if whole_s < math.inf else 0.0
+
+
+def _part_of(observation: RoleObservation, part: float) -> RoleObservation:
+    return replace(observation, requests_per_s=part * observation.requests_per_s)
+
+
+def _find_most(is_kept: Callable[[float], bool], most: float) -> float:
+    """Returns the greatest part up to `most` that keeps a condition, which all below it keep; or 0."""
+    if is_kept(most):
+        return most
+    least = 0.0
     for _ in range(_ROUNDS_OF_PART):
         part = (least + most) / 2
-        found_s = _predict(replace(observation, requests_per_s=part * observation.requests_per_s), 0, 0.0).whole_s
-        if found_s < math.inf:
-            least, whole_s = part, found_s
-        else:
-            most = part
-    return whole_s
+        least, most = (part, most) if is_kept(part) else (least, part)
+    return least
 
 
 def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
-    """Returns the part of the prompts that go to prefill engines, as many as are computed there in time.
+    """Returns the part of the prompts that go to prefill engines, as many as have their first token in time.
 
     In time is within `1 + ttft_growth` times what it takes at the other engines, or would without prefill engines.
     """
-    without_s = _predict(observation, 0, 0.0).whole_s
+    without_s, after_s = _find_whole_s(observation), _after_prefill_s(observation, prefilling)
 
     def is_in_time(part: float) -> bool:
         whole_s, prefill_s, _ = _predict(observation, prefilling, part)
-        return prefill_s < math.inf and prefill_s <= (1.0 + ttft_growth) * max(whole_s, without_s)
+        latest_s = (1.0 + ttft_growth) * max(whole_s, without_s)
+        return prefill_s < math.inf and prefill_s + after_s <= latest_s
 
-    if is_in_time(1.0):
-        return 1.0
-    least, most = 0.0, 1.0
-    for _ in range(_ROUNDS_OF_PART):
-        part = (least + most) / 2
-        least, most = (part, most) if is_in_time(part) else (least, part)
-    return least
+    return _find_most(is_in_time, 1.0)
+
+
+def _after_prefill_s(observation: RoleObservation, prefilling: int) -> float:
+    """Returns the seconds from the end of a prompt at a prefill engine to the first token.
+
+    As if no prompt interrupted the answers: a bound that shrinks with what the other engines compute would send them
+    more of it.
+    """
+    inter_token_s = _predict(observation, prefilling, 1.0).inter_token_s
+    return observation.transfer_s + (STEPS_TO_FIRST_TOKEN * inter_token_s if inter_token_s < math.inf else 0.0)
 
 
 class _Prediction(NamedTuple):
@@ -186,8 +222,8 @@ def _predict(observation: RoleObservation, prefilling: int, apart: float) -> _Pr
     others = len(observation.servers) - prefilling
     prompts_per_s = observation.requests_per_s / observation.ranks
     answers_per_s = observation.answer_tokens * prompts_per_s / others
-    mixed = _settle(observation, (1.0 - apart) * prompts_per_s / others, answers_per_s)
-    alone = _settle(observation, apart * prompts_per_s / prefilling, 0.0) if prefilling else _FULL
+    mixed = _settle(observation, others, (1.0 - apart) * prompts_per_s / others, answers_per_s)
+    alone = _settle(observation, prefilling, apart * prompts_per_s / prefilling, 0.0) if prefilling else _FULL
     return _Prediction(mixed.first_token_s, alone.first_token_s, mixed.mean_s)
 
 
@@ -206,11 +242,12 @@ class _Steps(NamedTuple):
 _FULL = _Steps(math.inf, math.inf)
 
 
-def _settle(observation: RoleObservation, prompts_per_s: float, answers_per_s: float) -> _Steps:
+def _settle(observation: RoleObservation, engines: int, prompts_per_s: float, answers_per_s: float) -> _Steps:
     """Returns the steps of a server; `_FULL` where it cannot serve the load.
 
     Args:
         observation: the load.
+        engines: that share the prompts, of which each goes to the one with the least wait.
         prompts_per_s: prompts a second of each of its ranks.
         answers_per_s: tokens of answers a second of each.
     """
@@ -243,8 +280,29 @@ def _settle(observation: RoleObservation, prompts_per_s: float, answers_per_s: f
     spread = (1.0 - left) / (prompts_per_s * prompt_s) if prompts_per_s * prompt_s else 1.0
     beside = met * prompts_per_s * met_s * max(1.0, spread)
     steps = max(1.0, prompt * (1.0 + beside) / step_tokens)
-    wait_s = met * met_s / 2 + steps * (decode_s + model.prefill_base_s)
-    return _Steps(mean_s, wait_s + prompt_s * (1.0 + beside))
+    batch_s = met * met_s / 2 + prompt_s * beside + (steps - 1.0) * (decode_s + model.prefill_base_s)
+    queue_s = _queue_s(observation, engines, prompts_per_s, full_s)
+    return _Steps(mean_s, max(batch_s, queue_s) + own_s) if queue_s < math.inf else _FULL
+
+
+def _queue_s(observation: RoleObservation, engines: int, prompts_per_s: float, full_s: float) -> float:
+    """Returns the mean wait of prompts that are computed in full steps, one after the other.
+
+    That is a queue of M/G/m with m ranks: (1 + variation) / 2 of that of M/M/m (Allen, Cunneen), for which Sakasegawa
+    (1977) has rho^(sqrt(2 (m + 1)) - 1) / (m (1 - rho)) times the service.
+
+    Args:
+        observation: the load.
+        engines: that share the prompts.
+        prompts_per_s: of each rank.
+        full_s: seconds of a full step.
+    """
+    service_s = observation.prompt_tokens * full_s / observation.step_tokens
+    busy, ranks = prompts_per_s * service_s, engines * observation.ranks
+    if busy >= 1.0:
+        return math.inf
+    part = busy ** (math.sqrt(2.0 * (ranks + 1)) - 1.0) / (ranks * (1.0 - busy))
+    return (1.0 + observation.prompt_variation) / 2 * service_s * part
 
 
 def _mean_step_met(mean_s: float, decode_s: float, share: float, full_s: float) -> float:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moe_scheduling.engine.disaggregation import EngineRole
-from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_cost_s
+from moe_scheduling.fleet.role_latency import RoleObservation, ServerLoad, predict_costs_s
 
 # No rate, length or time of a fleet is greater.
 _LARGEST = 1e9
@@ -177,7 +177,7 @@ def _improve(
     waiting = replace(history, favoured=None)
     if most < 1 or observation.requests_per_s == 0.0:
         return KeepRoles(RoleReason.FLOOR if most < 1 else RoleReason.IDLE), waiting
-    costs_s = [predict_cost_s(observation, count, settings.ttft_growth) for count in range(most + 1)]
+    costs_s = predict_costs_s(observation, settings.ttft_growth)
     present_s = costs_s[now] if now <= most else math.inf
     best = min(range(most + 1), key=lambda count: (costs_s[count], abs(count - now)))
     gain = _gain(present_s, costs_s[best])

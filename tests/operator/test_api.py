@@ -186,8 +186,8 @@ def test_a_policy_that_was_removed_is_refused_with_the_policies_that_are_known(p
         ),
         (
             {"gateway": {"tenantHeader": "host"}},
-            "spec.gateway.tenantHeader: host cannot name a tenant: the gateway takes none of accept-encoding, connection, "
-            "content-length, expect, host, keep-alive, proxy-authorization, proxy-connection, te, trailer, "
+            "spec.gateway.tenantHeader: host cannot name a tenant: the gateway takes none of accept-encoding, "
+            "connection, content-length, expect, host, keep-alive, proxy-authorization, proxy-connection, te, trailer, "
             "transfer-encoding, upgrade, x-data-parallel-rank, x-request-id over",
         ),
         (

@@ -303,7 +303,8 @@ def _queue_s(observation: RoleObservation, engines: int, prompts_per_s: float, f
     busy, ranks = prompts_per_s * service_s, engines * observation.ranks
     if busy >= 1.0:
         return math.inf
-    part = busy ** (math.sqrt(2.0 * (ranks + 1)) - 1.0) / (ranks * (1.0 - busy))
+    power: float = busy ** (math.sqrt(2.0 * (ranks + 1)) - 1.0)
+    part = power / (ranks * (1.0 - busy))
     return (1.0 + observation.prompt_variation) / 2 * service_s * part
 
 

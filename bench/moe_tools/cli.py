@@ -11,8 +11,8 @@ import typer
 
 from moe_tools.user_errors import report_user_errors
 
-app = typer.Typer(no_args_is_help=True)
-model_app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
 
 Url = Annotated[str, typer.Option("--url", help="Server or gateway, such as http://127.0.0.1:8000.")]

@@ -18,8 +18,8 @@ TOKENS_PER_S = 50
 # Bytes of a second of compressed sound, at the usual 128 kbit/s; its real length would have to be decoded.
 COMPRESSED_BYTES_PER_S = 16_000
 LONGEST_FIELD_BYTES = 64 * 1024
-# Of a form, by the names that clients give them. vLLM reads names and values in any that Python knows, also such in which
-# the bytes of a name are no name here, or which take long.
+# Of a form, by the names that clients give them. vLLM reads names and values in any that Python knows, also in some in
+# which a name has other bytes, or that take long.
 _CHARSETS = {
     **dict.fromkeys(("utf-8", "utf8"), "utf-8"),
     **dict.fromkeys(("us-ascii", "ascii"), "ascii"),

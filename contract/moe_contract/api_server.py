@@ -432,7 +432,8 @@ def _explain(error: Exception, paths: str) -> Exception:
         return error
     mark = getattr(error, "problem_mark", None)
     where = f" (line {mark.line + 1}: {getattr(error, 'problem', '')})" if mark is not None else ""
-    return ConfigException(f"{paths} is no kubeconfig{where}")
+    explained: Exception = ConfigException(f"{paths} is no kubeconfig{where}")
+    return explained
 
 
 def _unusable(*errors: Exception) -> LoginError:

@@ -195,6 +195,8 @@ REFUSED: list[tuple[Document, str]] = [
         "initContainers: readinessProbe of side needs the restartPolicy Always",
     ),
     ({"spec": {"restartPolicy": "OnFailure"}}, "restartPolicy: the pods of a workload have Always"),
+    ({"spec": {"activeDeadlineSeconds": 0}}, "activeDeadlineSeconds: the pods of a workload have none"),
+    ({"spec": {"nodeName": "/dev/shm"}}, "nodeName: the name of an object is needed, got '/dev/shm'"),
     ({"spec": {"activeDeadlineSeconds": 60}}, "activeDeadlineSeconds: the pods of a workload have none"),
     (
         {"spec": {"terminationGracePeriodSeconds": 30, **side(**SLEEP)["spec"]}},
@@ -378,6 +380,7 @@ IN_VAIN: list[tuple[Document, str]] = [
 ]
 
 TAKEN: list[Document] = [
+    {"spec": {"nodeName": "a.b", "ephemeralContainers": []}},
     engine(env=[{"name": "1 a.b-c", "value": "d"}]),
     engine(envFrom=[{"prefix": "A_", "secretRef": {"name": "a.b"}}, {"configMapRef": {"name": "a"}}]),
     env(valueFrom={"secretKeyRef": {"name": "a.b", "key": ".dockerconfigjson"}}),

@@ -290,6 +290,30 @@ def test_an_object_of_its_own_that_is_not_known_yet_is_applied() -> None:
     assert cluster.api.objects[ENGINES]["spec"]["replicas"] == 3
 
 
+@pytest.mark.parametrize("kept", [{}, {"app.kubernetes.io/managed-by": "moeserving"}])
+def test_a_child_whose_labels_somebody_took_away_is_no_strangers(kept: dict[str, str]) -> None:
+    cluster = Cluster()
+    cluster.apply()
+    live = cluster.api.objects[GATEWAYS]
+    cluster.api.objects[GATEWAYS] = live | {"metadata": live["metadata"] | {"labels": kept}}
+    later = Cluster()
+    later.api = later.children._api = cluster.api  # type: ignore[assignment]
+    assert later.apply().refused == []
+    assert cluster.api.objects[GATEWAYS]["metadata"]["labels"] == live["metadata"]["labels"]
+
+
+def test_a_strangers_object_with_the_labels_of_a_child_is_left_alone() -> None:
+    cluster = Cluster()
+    cluster.apply()
+    live = cluster.api.objects[GATEWAYS]
+    metadata = {name: live["metadata"][name] for name in ("name", "namespace", "uid", "resourceVersion", "labels")}
+    cluster.api.objects[GATEWAYS] = stranger = live | {"metadata": metadata}
+    later = Cluster()
+    later.api = later.children._api = cluster.api  # type: ignore[assignment]
+    assert len(later.apply().refused) == 1
+    assert cluster.api.objects[GATEWAYS] == stranger
+
+
 def claim_of(cluster: Cluster) -> Document | None:
     return cluster.api.objects.get(CACHE_CLAIM)
 

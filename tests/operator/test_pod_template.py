@@ -151,7 +151,7 @@ OWN_PORTS = "8000 (engine), 8080 (agent)"
         (with_container(ports=[{"containerPort": 8080, "protocol": "UDP"}]),
          f"spec.containers[0].ports: {OWN_PORTS} are the operator's own and cannot change"),
         (with_container(ports=[{"containerPort": 9000, "name": "agent"}]),
-         f"spec.containers[0].ports[0]: clashes with the operator's own: {OWN_PORTS}"),
+         "spec.containers[0].ports: the name 'agent' stands twice"),
         ({"spec": {"containers": [
             {"name": "a", "image": "i", "ports": [{"containerPort": 1}, {"containerPort": 8080}]},
          ]}},

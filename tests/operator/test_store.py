@@ -49,6 +49,15 @@ def test_an_object_belongs_to_the_resource_that_its_label_names_and_a_resource_t
     assert store.known() == [KEY]
 
 
+def test_an_object_whose_label_no_longer_names_its_resource_is_news_to_that_and_forgotten() -> None:
+    store = Store()
+    store.put(CONFIG_MAP, document("tiny-settings"))
+    assert store.put(CONFIG_MAP, document("tiny-settings", of=None, uid="another")) is None
+    assert store.put(CONFIG_MAP, document("tiny-settings", of=None, version=2)) == KEY
+    assert store.get(KEY, CONFIG_MAP, "tiny-settings") is None
+    assert store.known() == []
+
+
 def test_what_is_forgotten_leaves_nothing_behind() -> None:
     store = Store()
     store.put(POD, document())

@@ -208,13 +208,13 @@ async def test_a_part_that_fails_unexpectedly_is_named_and_the_others_go_on(
 
 
 async def test_a_mistake_that_the_api_server_alone_finds_has_its_words(kubeconfig: Path, namespace: str) -> None:
-    template = {"spec": {"nodeSelector": {"pool": "of GPUs"}}}
+    template = {"spec": {"resourceClaims": [{"name": "gpus"}]}}
     async with started(kubeconfig, namespace) as operator:
         key = await served(operator, namespace, serving(engine={"podTemplate": template}))
         degraded = (await fetch_conditions(operator, key))["Degraded"]
         assert degraded["reason"] == "Refused"
         assert f"Deployment {namespace}/tiny-engine: " in degraded["message"]
-        assert "a valid label must be an empty string or consist of alphanumeric characters" in degraded["message"]
+        assert "must specify one of: `resourceClaimName`, `resourceClaimTemplateName`" in degraded["message"]
         there = await fetch_children(operator.api, namespace)
         assert ("Service", "tiny") in there
         assert not {kind for kind, _ in there} & {"Deployment", "ConfigMap"}, "nothing starts in part"

@@ -114,14 +114,15 @@ async def test_a_killed_engine_breaks_no_call_and_no_log_probabilities(agents, s
     assert all(len(seen.finish) == 1 for seen in wanted.values())
     assert all(wanted[name].calls and wanted[name].events > 10 * BEGUN for name in STREAMS if "call" in name)
     assert all(len(wanted[name].scored) > BEGUN for name in STREAMS if "log-prob" in name)
-    # One after the other, so that each engine has one stream of each kind.
+    # At once, so that none has ended when the last one has begun; engines get them by turns.
     names = [name for name in STREAMS for _ in range(2)]
     streams = [Seen() for _ in names]
-    tasks = []
-    for number, (name, seen) in enumerate(zip(names, streams, strict=True)):
-        tasks.append(asyncio.create_task(follow(gateway.url, name, seen, f"call-{number}")))
-        while seen.events < BEGUN and not tasks[-1].done():
-            await asyncio.sleep(0.002)
+    tasks = [
+        asyncio.create_task(follow(gateway.url, name, seen, f"call-{number}"))
+        for number, (name, seen) in enumerate(zip(names, streams, strict=True))
+    ]
+    while any(seen.events < BEGUN and not task.done() for seen, task in zip(streams, tasks, strict=True)):
+        await asyncio.sleep(0.002)
     victim = await asyncio.to_thread(agents[0].state)
     os.kill(victim["engine"]["pid"], signal.SIGKILL)
     ends = await asyncio.gather(*tasks, return_exceptions=True)

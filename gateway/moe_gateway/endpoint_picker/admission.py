@@ -38,7 +38,7 @@ class Checked(Protocol):
         """Ends it where it took too long."""
 
     def abort(self) -> None:
-        """Ends it at once."""
+        """Ends the stream before its answer is whole."""
 
 
 @dataclass(slots=True, kw_only=True)

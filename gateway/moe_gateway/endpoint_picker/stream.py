@@ -116,7 +116,7 @@ class Stream:
             self.abort()
 
     def abort(self) -> None:
-        """Ends it at once."""
+        """Ends the stream before its answer is whole."""
         if self._task is not None:
             self._task.cancel()
 

@@ -64,7 +64,7 @@ class AnswerAccount:
         self._context.dispatcher.record_response(response_id, sent.target, owner)
 
     def begin(self, beginning: AnswerBeginning, sent: InFlightRequest | None, now_s: float) -> None:
-        """A stream begins to pass; what has come of it may have an error."""
+        """A stream begins to pass: looks for an error in its beginning."""
         self._pieces = EventPieces(is_chunked=beginning.is_chunked)
         self.watch(beginning.body, sent, now_s)
 

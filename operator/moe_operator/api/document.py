@@ -7,7 +7,7 @@ value is built, and only YAML's plain types are built.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from moe_contract.input_errors import InputError, InvalidInput
@@ -26,16 +26,11 @@ _DATE_TAG = "tag:yaml.org,2002:timestamp"
 class _Loader(yaml.SafeLoader):
     """Reads plain scalars as `kubectl` does."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
-        first: [(tag, form) for tag, form in rows if tag != _DATE_TAG]
-        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        """The tag of a node."""
-        if kind is yaml.ScalarNode and implicit[0] and _TEXT_FOR_KUBERNETES.fullmatch(value):
-            return _STRING_TAG
-        return super().resolve(kind, value, implicit)
+        """The tag of a node without one."""
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        is_text = tag == _DATE_TAG or (kind is yaml.ScalarNode and _TEXT_FOR_KUBERNETES.fullmatch(value))
+        return _STRING_TAG if implicit and is_text else tag
 
 
 def load_document(path: Path) -> object:

@@ -29,7 +29,7 @@ from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, CONFIG_MAP, DEPLOYMEN
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.waits import wait_for_object
 from moe_operator.plan.names import INSTANCE, KEPT, MANAGED_BY, MANAGER, OWNER, Names
-from moe_operator.plan.owners import is_child, is_owned
+from moe_operator.plan.owners import is_child, is_owned, names_owner
 from moe_operator.plan.references import find_references
 
 Document = dict[str, Any]
@@ -248,6 +248,9 @@ class Children:
         labels = live["metadata"].get("labels", {})
         owner = metadata.get("annotations", {}).get(OWNER)
         is_ours = labels.get(MANAGED_BY) == MANAGER and labels.get(INSTANCE) == key.name
+        if owner is not None and names_owner(live, owner):
+            # Somebody took its labels away, or it is not in the store yet.
+            return ""
         if is_ours and (_is_kept(live) or (owner is not None and is_owned(live, owner))):
             return ""
         return result.note_foreign(wanted)

@@ -21,7 +21,8 @@ def find_rollouts(store: Store, key: Key) -> list[str]:
             rolling.append(describe_rollout(live, store.of(key, POD)))
         elif _is_unseen(live) or updated < wanted or status.get("replicas", 0) > updated:
             numbers = f"{live['metadata']['name']}: {updated} of {wanted} pods are up to date"
-            rolling.append(numbers + _describe_pause(live) + describe_wait(live, store.of(key, POD)))
+            # The operator pauses one role while the other rolls.
+            rolling.append(numbers + (describe_wait(live, store.of(key, POD)) or _describe_pause(live)))
     return [text for text in rolling if text]
 
 

@@ -73,7 +73,7 @@ class Store:
         """Keeps an object unless a newer version is known; returns its resource, None when nothing changed."""
         key = key_of(kind, document)
         if key is None:
-            return None
+            return self._forget(kind, document)
         place, shelf = (kind, document["metadata"]["name"]), self._objects.setdefault(key, {})
         known = shelf.get(place)
         if known is not None and _version(document) <= known.version and _uid(document) == known.uid:
@@ -93,6 +93,15 @@ class Store:
         if not shelf:
             self._objects.pop(key, None)
         return key
+
+    def _forget(self, kind: Kind, document: Document) -> Key | None:
+        """Forgets an object whose label no longer names its resource; returns the resource that had it."""
+        metadata = document["metadata"]
+        for key, shelf in self._objects.items():
+            known = shelf.get((kind, metadata["name"]))
+            if known is not None and key.namespace == metadata.get("namespace") and known.uid == _uid(document):
+                return self.remove(kind, orjson.loads(known.text))
+        return None
 
     def replace(self, kind: Kind, listing: Listing, namespace: str | None) -> set[Key]:
         """Takes a whole list of a kind in a namespace (None: all); returns the resources of what is new or gone.

@@ -46,6 +46,11 @@ def is_owned(live: Mapping[str, Any], uid: str) -> bool:
     return owner_of(live) in (uid, "") or uid in _uids(live)
 
 
+def names_owner(live: Mapping[str, Any], uid: str) -> bool:
+    """Whether an object says itself that it belongs to the resource with this uid, whatever its labels."""
+    return owner_of(live) == uid or uid in _uids(live)
+
+
 def is_child(live: Mapping[str, Any]) -> bool:
     """Whether an operator made an object; one of our labels alone was made by people."""
     return owner_of(live) is not None or KIND in _kinds(live)

@@ -101,6 +101,7 @@ _FORMS: Mapping[str, Mapping[str, Form]] = {
     "PodSchedulingGate": {"name": key_problem},
     "PodSpec": {
         "hostname": _part,
+        "nodeName": _domain,
         "priorityClassName": _domain,
         "runtimeClassName": _domain,
         "serviceAccountName": _domain,

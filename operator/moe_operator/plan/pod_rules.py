@@ -373,7 +373,7 @@ def _container(now: Document) -> Iterator[Mistake]:
 
 
 def _security(now: Document) -> Iterator[Mistake]:
-    """Of a pod."""
+    """Groups and kernel parameters of the pod as a whole."""
     least, most = _ID
     for index, group in enumerate(now.get("supplementalGroups") or ()):
         if isinstance(group, int) and not least <= group <= most:
@@ -419,7 +419,7 @@ def _pod(now: Document) -> Iterator[Mistake]:
         yield ".dnsConfig", "nameservers are needed for the dnsPolicy None"
     yield from _host(now)
     for name in ("activeDeadlineSeconds", "ephemeralContainers"):
-        if now.get(name):
+        if now.get(name) not in (None, []):
             yield f".{name}", "the pods of a workload have none"
     grace_s = now.get("terminationGracePeriodSeconds", 30)
     lasting = [row for row in now.get("initContainers") or () if row.get("restartPolicy") == "Always"]

@@ -313,11 +313,14 @@ def build_gateway_template(resource: MoEServing, names: Names, defaults: Default
             ],
         },
     }
-    merged = _merged(base, gateway.pod_template, "spec.gateway.podTemplate", {})
-    _check_size(merged, "spec.gateway", "the annotations of podTemplate")
-    if problems := [*check_gateway_token(merged["spec"], "spec.gateway.podTemplate.spec")]:
+    return _checked_gateway(_merged(base, gateway.pod_template, "spec.gateway.podTemplate", {}))
+
+
+def _checked_gateway(template: dict[str, Any]) -> dict[str, Any]:
+    _check_size(template, "spec.gateway", "the annotations of podTemplate")
+    if problems := [*check_gateway_token(template["spec"], "spec.gateway.podTemplate.spec")]:
         raise InvalidInput(problems)
-    return merged
+    return template
 
 
 def build_gateway_config(resource: MoEServing, names: Names) -> GatewayConfig:

@@ -13,7 +13,9 @@ the ranks of a server end their steps together, so it is `(1 - busy)^ranks`. No 
 its length, and is computed with those that came in that step too.
 
 A prompt goes to a prefill engine while it is computed there in time, as the choice for each request has it; its answer
-begins a transfer and one and a half steps later.
+begins a transfer and `STEPS_TO_FIRST_TOKEN` steps later.
+
+Prompts that no step has room for wait in a queue, the longer the more their lengths differ (`_queue_s`).
 
 On step times of a measured GPU this came within 28 % of simulated TTFT and 35 % of the time between tokens
 (docs/adr/0053-a-step-has-a-least-time-with-prompts-and-answers-share-experts.md).
@@ -301,7 +303,8 @@ def _queue_s(observation: RoleObservation, engines: int, prompts_per_s: float, f
     busy, ranks = prompts_per_s * service_s, engines * observation.ranks
     if busy >= 1.0:
         return math.inf
-    part = busy ** (math.sqrt(2.0 * (ranks + 1)) - 1.0) / (ranks * (1.0 - busy))
+    power: float = busy ** (math.sqrt(2.0 * (ranks + 1)) - 1.0)
+    part = power / (ranks * (1.0 - busy))
     return (1.0 + observation.prompt_variation) / 2 * service_s * part
 
 

@@ -314,6 +314,25 @@ def test_a_strangers_object_with_the_labels_of_a_child_is_left_alone() -> None:
     assert cluster.api.objects[GATEWAYS] == stranger
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "spec: Forbidden: is immutable after creation\n\u00a0\u00a0core.PersistentVolumeClaimSpec{\n"
+            "\u00a0\u00a0\t... // 2 identical fields\n-\u00a0\tStorageClassName: nil,\n  }\n",
+            "spec: Forbidden: is immutable after creation",
+        ),
+        ("spec: Forbidden\n  v1.Service{\n+ \tPorts: nil,\n", "spec: Forbidden"),
+        ("blocked by\n\nrequire-labels:\n  check: a label {\n", "blocked by require-labels: check: a label {"),
+        ("plain", "plain"),
+    ],
+)
+def test_a_refusal_is_told_in_one_line_and_without_both_objects(message: str, said: str) -> None:
+    cluster = Cluster()
+    cluster.refuse(CACHE_CLAIM, error=ApiError(422, message))
+    assert cluster.apply().refused == [f"PersistentVolumeClaim ns/tiny-cache: {said}"]
+
+
 def claim_of(cluster: Cluster) -> Document | None:
     return cluster.api.objects.get(CACHE_CLAIM)
 

@@ -24,7 +24,7 @@ from moe_operator.api.model import WhenDeleted
 from moe_operator.api.resource import KIND
 from moe_operator.kubernetes.api import Api
 from moe_operator.kubernetes.difference import is_covered, needs_apply, was_applied, with_digest
-from moe_operator.kubernetes.failure import AWAY, TERSE
+from moe_operator.kubernetes.failure import AWAY, in_one_line
 from moe_operator.kubernetes.kinds import CHILDREN, CLAIM, CONFIG_MAP, DEPLOYMENT, LEADER_WORKER_SET, kind_of
 from moe_operator.kubernetes.store import Key, Store
 from moe_operator.kubernetes.waits import wait_for_object
@@ -406,4 +406,4 @@ def _refusal(document: Document, error: ApiError) -> str:
     """The API server's words about an object; raises the error again when the API server is away."""
     if error.status in AWAY:
         raise error
-    return f"{_title(document)}: {error.message[:TERSE]}"
+    return f"{_title(document)}: {in_one_line(error.message)}"

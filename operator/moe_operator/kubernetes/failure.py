@@ -1,6 +1,8 @@
 """Failures of a pass: what went wrong in words for the status, and parts of a pass that go on without each other."""
 
+import itertools
 import logging
+import re
 from collections.abc import Awaitable
 from typing import TypeVar
 
@@ -10,11 +12,19 @@ from moe_operator.kubernetes.api import NotLeading
 
 Result = TypeVar("Result")
 TERSE = 500
+# The first line of two objects side by side, as go-cmp writes them; its blanks may be of either kind.
+_LISTING = re.compile(r"\s\s[\w.*&\[\]]+\{")
 SEE_LOG = "it is tried again; the operator's log has more"
 # No answer, no login, too many calls, not available, no answer in time: other calls of the pass would fare no better.
 AWAY = {0, 401, 429, 503, 504}
 
 log = logging.getLogger("moeserving.operator")
+
+
+def in_one_line(message: str) -> str:
+    """The API server's words for a condition: without the listing of both objects that follows some, and not long."""
+    lines = itertools.takewhile(lambda line: not _LISTING.fullmatch(line), message.splitlines())
+    return " ".join(" ".join(lines).split())[:TERSE]
 
 
 class PassFailed(Exception):
@@ -63,7 +73,7 @@ def is_expected(error: Exception) -> bool:
 def describe(error: Exception) -> str:
     """What went wrong, in one line for people."""
     if isinstance(error, ApiError):
-        said = error.message[:TERSE] or "nothing"
+        said = in_one_line(error.message) or "nothing"
         return (
             f"the API server answered {error.status}: {said}"
             if error.status

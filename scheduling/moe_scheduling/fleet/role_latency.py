@@ -91,9 +91,9 @@ class RoleObservation:
 def predict_costs_s(observation: RoleObservation, ttft_growth: float) -> list[float]:
     """Returns the predicted mean time to the last token for each number of prefill engines, from none to all but one.
 
-    Infinite where engines are full, or the TTFT exceeds that without prefill engines by more than the growth. Of a load
-    that no number can serve they are those near the greatest part of it that one can, whatever the TTFT: without
-    prefill engines that would grow without bound.
+    Infinite where engines are full, or the TTFT exceeds that without prefill engines by more than the growth. A load
+    that no number can serve counts as one near the greatest that a number can, whatever the TTFT: without prefill
+    engines that would grow without bound.
 
     Args:
         observation: the load; its `step_time` is known.
@@ -176,7 +176,7 @@ def find_prefill_wait_s(observation: RoleObservation, ttft_growth: float) -> flo
 def _find_whole_s(observation: RoleObservation) -> float:
     """Returns the predicted TTFT without prefill engines at this load, or near the greatest one that is served; or 0.
 
-    Near is `_MOST_LOAD` of it: at the very load that fills a fleet its queue has no end.
+    Near is the part `_MOST_LOAD`: at the very load that fills a fleet its queue has no end.
     """
 
     def at(part: float) -> float:
@@ -223,8 +223,8 @@ def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth:
 def _after_prefill_s(observation: RoleObservation, prefilling: int) -> float:
     """Returns the seconds from the end of a prompt at a prefill engine to the first token.
 
-    As if no prompt interrupted the answers: a bound that shrinks with what the other engines compute would send them
-    more of it.
+    As if no prompt interrupted the answers: a bound that shrinks with the prompts of the other engines would send them
+    more.
     """
     inter_token_s = _predict(observation, prefilling, 1.0).inter_token_s
     return observation.transfer_s + (STEPS_TO_FIRST_TOKEN * inter_token_s if inter_token_s < math.inf else 0.0)

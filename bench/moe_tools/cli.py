@@ -11,8 +11,8 @@ import typer
 
 from moe_tools.user_errors import report_user_errors
 
-app = typer.Typer(no_args_is_help=True)
-model_app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model")
 
 Url = Annotated[str, typer.Option("--url", help="Server or gateway, such as http://127.0.0.1:8000.")]
@@ -49,7 +49,7 @@ def model_tiny(
     steps: Annotated[int | None, typer.Option(min=0, help="Training steps; 0 leaves the weights random.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order of text.")] = None,
 ) -> None:
-    """Make a small trained Mixture-of-Experts model, or find the one made before."""
+    """Train a small Mixture-of-Experts model, unless it is there."""
     from moe_tools.tiny import TinySettings, ensure_tiny_model, read_report
     from moe_tools.tiny.report import render_report
 
@@ -65,7 +65,10 @@ def model_skeleton(
     like: Annotated[str, typer.Option("--like", help="Model whose shape it has: qwen3-30b-a3b.")] = "qwen3-30b-a3b",
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers; else as many as it has.")] = None,
 ) -> None:
-    """Make a model's configuration and a tokenizer without weights, for engines with `--load-format=dummy`."""
+    """Make a model without weights, for `--load-format=dummy`.
+
+    A configuration and a tokenizer.
+    """
     from moe_tools.skeleton import make_skeleton
 
     typer.echo(make_skeleton(directory, like, layers))

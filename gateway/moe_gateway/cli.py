@@ -22,7 +22,7 @@ from moe_gateway.logs import set_up_logs
 
 DEFAULT_PORT, DEFAULT_ADMIN_PORT = 8000, 9000
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command("gateway")

@@ -12,7 +12,7 @@ from moe_contract.input_errors import InvalidInput
 
 from moe_agent.app import run_agent
 
-app = typer.Typer(add_completion=False, help="Run one engine and its node agent.")
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Run one engine and its node agent.")
 
 _BAD_INPUT_STATUS = 2
 

@@ -155,7 +155,7 @@ async def test_the_control_route_takes_the_token_and_nothing_else(make_engine, s
         ({"engines": [{"name": "a", "url": "http://h", "agent_url": "h"}]}, [("engines[0].agent_url", "an address")]),
         ({"engines": [{"name": "a", "url": "http://h", "ranks": 0}]}, [("engines[0].ranks", "greater")]),
         ({"engines": [{"name": "a", "url": "http://h"}] * 2}, [("engines", "name used twice: a")]),
-        ({"engines": {"a": 1}}, [("engines", "tuple")]),
+        ({"engines": {"a": 1}}, [("engines", "a list is needed")]),
     ],
 )
 async def test_a_bad_change_names_what_is_wrong_and_changes_nothing(make_engine, serve, body, errors):

@@ -14,7 +14,7 @@ from moe_contract.sections import Listen
 from moe_gateway.cli import DEFAULT_ADMIN_PORT, name_engines, run_until_signal
 from moe_gateway.gateway import Gateway
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 _PORT: dict[str, Any] = {"min": 1, "max": 65535}
 _FILE = typer.Option(
     help="A gateway's configuration with `endpoint_picker`, a JSON file; its `listen` stays closed.", show_default=False

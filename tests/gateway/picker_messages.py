@@ -95,8 +95,8 @@ def parts_of(data: bytes, cuts: Iterable[int], *, of_answer: bool, end: bool = T
     ]
 
 
-def answer_head(status: int = 200, kind: str = "text/event-stream", *, end: bool = False) -> Message:
-    rows = {":status": str(status), "content-type": kind}
+def answer_head(status: int = 200, kind: str = "text/event-stream", *, end: bool = False, **more: str) -> Message:
+    rows = {":status": str(status), "content-type": kind, **{name.replace("_", "-"): more[name] for name in more}}
     headers = HeaderMap(headers=[HeaderValue(key=key, raw_value=value.encode()) for key, value in rows.items()])
     return ProcessingRequest(response_headers=HttpHeaders(headers=headers, end_of_stream=end))
 

@@ -126,6 +126,17 @@ async def test_a_stream_is_whole_wherever_it_is_cut(make_engine, serve, route):
     assert served.gateway.stats.continuations.total() == len(cuts) - 2
 
 
+async def test_an_engine_that_fails_after_each_last_token_counts_as_one_that_breaks_its_answers_off(make_engine, serve):
+    script = Computing(TEXT)
+    served = await start(make_engine, serve, script, engines=1)
+    length = len(list(script.events(PATHS[Route.CHAT], body_of(Route.CHAT))))
+    (engine,) = served.gateway.dispatcher.engines.values()
+    for count in (1, 2):
+        script.cuts = [length]
+        assert whole(events((await served.ask(ask_for(Route.CHAT))).body))["done"]
+        assert engine.errors == count
+
+
 async def test_what_the_client_did_not_ask_for_is_not_there(make_engine, serve):
     served = await start(make_engine, serve, Computing(TEXT))
     plain = await start(make_engine, serve, Computing(TEXT), continuation=None)

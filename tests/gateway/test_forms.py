@@ -7,7 +7,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_gateway.request.form import COMPRESSED_BYTES_PER_S, TOKENS_PER_S, audio_s, parse_form
+from moe_gateway.request.form import COMPRESSED_BYTES_PER_S, LONGEST_FIELD_BYTES, TOKENS_PER_S, audio_s, parse_form
 from moe_gateway.request.parsing import BadBody
 
 HEADERS = b'accept: x\r\nContent-Type: multipart/form-data; boundary="b-1"\r\n'
@@ -40,6 +40,48 @@ def test_the_model_and_the_stream_are_read_wherever_they_stand():
 def test_of_two_fields_of_one_name_the_last_counts_as_in_the_engine():
     parsed = parse_form(HEADERS, form(("model", b"a"), ("file", wav(9)), ("file", wav(2)), ("model", b"w")))
     assert (parsed.model, parsed.prompt_tokens) == ("w", 2 * TOKENS_PER_S)
+
+
+def renamed(first, second, value=b"z"):
+    """A field with two names, of which the engine takes the second."""
+    heads = b"".join(b'Content-Disposition: form-data; name="%b"\r\n' % name for name in (first, second))
+    return b"--b-1\r\n" + heads + b"\r\n" + value + b"\r\n"
+
+
+def test_a_name_that_the_engine_does_not_take_hides_no_field():
+    body = form(("model", b"w"), ("file", wav(2)), ("stream", b"1")).removesuffix(b"--b-1--\r\n")
+    for name in (b"model", b"file", b"stream"):
+        body += renamed(name, b"other")
+    parsed = parse_form(HEADERS, body + b"--b-1--\r\n")
+    assert (parsed.model, parsed.stream, parsed.prompt_tokens) == ("w", True, 2 * TOKENS_PER_S)
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "vllm_xargs"])
+def test_such_a_name_hides_no_field_of_the_gateway(name):
+    body = form((name, b'{"kv_transfer_params": {}}')).removesuffix(b"--b-1--\r\n")
+    with pytest.raises(BadBody, match="kv_transfer_params is set by the gateway alone"):
+        parse_form(HEADERS, body + renamed(name.encode(), b"other") + b"--b-1--\r\n")
+
+
+def test_a_long_first_value_hides_no_later_one():
+    long, steers = b"{}" + b" " * LONGEST_FIELD_BYTES, b'{"kv_transfer_params": {}}'
+    with pytest.raises(BadBody, match="kv_transfer_params is set by the gateway alone"):
+        parse_form(HEADERS, form(("vllm_xargs", long), ("vllm_xargs", steers)))
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "utf-16-le", "cp037", "utf-7", "punycode", "none"])
+def test_a_form_in_a_charset_that_would_hide_names_is_refused(charset):
+    headers = HEADERS.replace(b'"b-1"', b'"b-1"; charset=%b' % charset.encode())
+    with pytest.raises(BadBody, match="must be utf-8"):
+        parse_form(headers, form(("model", b"w")))
+
+
+@pytest.mark.parametrize(
+    ("charset", "model"), [("UTF-8", "ü"), ("utf8", "ü"), ("iso-8859-1", "Ã¼"), ("us-ascii", "Ã¼")]
+)
+def test_the_usual_charsets_are_read_as_the_engine_does(charset, model):
+    headers = HEADERS.replace(b'"b-1"', b'"b-1"; charset=%b' % charset.encode())
+    assert parse_form(headers, form(("model", "ü".encode()))).model == model
 
 
 @pytest.mark.parametrize("value", [b"true", b"TRUE", b"1", b"yes", b"y", b"t", b"on"])

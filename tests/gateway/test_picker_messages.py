@@ -1,6 +1,7 @@
 """The endpoint picker's messages without a proxy: in any order and any parts, and nothing stays in flight."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +13,7 @@ from moe_contract.documents import parse_model
 from moe_contract.gateway_config import EngineAddress, GatewayConfig
 from moe_contract.input_errors import InvalidInput
 from moe_gateway.endpoint_picker import proxy_messages, wire
+from moe_gateway.endpoint_picker.admission import PickerParts
 from moe_gateway.endpoint_picker.answer_head import read_answer_head
 from moe_gateway.endpoint_picker.picked_request import NobodyReads, PickedRequest, endpoint_of
 from moe_gateway.endpoint_picker.read_ahead import ReadAhead
@@ -73,6 +75,31 @@ def test_in_both_directions_the_bodies_come_back_whole_in_whatever_parts_they_co
     last = replies[-1].response_body.response.body_mutation.streamed_response
     assert last.end_of_stream
     assert parts.context.stats.requests == {("completions", 200): 1}
+
+
+async def answered(parts: PickerParts, *answer: Message) -> int:
+    """Asks, and returns the errors that the engines have then."""
+    await run(parts, [question_head(wire.FULL_DUPLEX), *parts_of(QUESTION, [], of_answer=False), *answer])
+    return sum(engine.errors for engine in parts.context.dispatcher.engines.values())
+
+
+@pytest.mark.parametrize("cuts", [[], [9], [9, 40, 70]])
+async def test_a_stream_that_the_proxy_has_compressed_is_no_error_of_the_engine(cuts: list[int]) -> None:
+    parts = make_parts()
+    body = parts_of(gzip.compress(STREAM), cuts, of_answer=True)
+    assert await answered(parts, answer_head(content_encoding="gzip"), *body) == 0
+    assert parts.context.stats.requests == {("completions", 200): 1}
+
+
+@pytest.mark.parametrize(("code", "errors"), [(400, 0), (500, 1)])
+@pytest.mark.parametrize("cuts", [[], [12], [12, 60]])
+async def test_an_error_with_status_200_counts_by_its_code_in_whatever_parts_it_comes(
+    cuts: list[int], code: int, errors: int
+) -> None:
+    parts = make_parts()
+    error = json.dumps({"error": {"message": "no " * 20, "code": code}}).encode()
+    assert await answered(parts, answer_head(kind="application/json"), *parts_of(error, cuts, of_answer=True)) == errors
+    assert parts.context.stats.requests == {("completions", code): 1}
 
 
 MESSAGES = st.lists(

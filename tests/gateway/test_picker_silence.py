@@ -129,3 +129,35 @@ async def test_a_proxy_ends_a_silent_request(front: Front, make_engine: Any, beg
         assert answer[0] >= 500
     await fronted.settled()
     assert fronted.gateway.stats.requests == {("completions", 504): 1}
+
+
+async def test_a_request_whose_check_fails_ends_for_its_proxy_too() -> None:
+    parts = make_parts()
+    port = free_port()
+    parts.settings = EndpointPickerConfig.model_validate({"listen": {"port": port}})
+    picker = EndpointPicker(parts, lambda: True)
+    await picker.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.stream_stream(
+            f"/{wire.SERVICE}/{wire.METHOD}",
+            request_serializer=wire.ProcessingRequest.SerializeToString,
+            response_deserializer=wire.ProcessingResponse.FromString,
+        )()
+        for message in (question_head(wire.FULL_DUPLEX), *parts_of(QUESTION, [], of_answer=False)):
+            await call.write(message)
+        await call.read()
+        (stream,) = parts.open
+
+        def fail(now_s: float) -> None:
+            raise KeyError("one that nobody expects")
+
+        stream.check = fail  # type: ignore[method-assign]
+        picker.check(1.0)
+        async with asyncio.timeout(PATIENCE_S):
+            # The other reply to the request, then the end.
+            await call.read()
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await call.read()
+        assert ended.value.code() is grpc.StatusCode.INTERNAL
+        assert parts.context.dispatcher.in_flight == 0
+    await picker.stop()

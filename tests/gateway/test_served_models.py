@@ -179,3 +179,20 @@ async def test_engines_are_asked_for_an_unknown_name_once_a_second_at_most(make_
     assert 1 <= len(asked) <= 5
     assert engine.requests == []
     assert (served.in_flight, served.gateway.dispatcher.held) == (0, 0)
+
+
+async def test_a_request_for_an_unknown_name_waits_for_the_engines_once(make_engine, serve, monkeypatch):
+    # However long its answer takes: the next time to ask has come then.
+    monkeypatch.setattr("moe_gateway.engines.name_refresh.PERIOD_S", 0.0)
+    served = await serve(await make_engine())
+    await until(lambda: served.gateway.dispatcher.knows_all_models, "the names")
+    names, asked = served.gateway._context.names, []
+    ask = names._ask
+
+    async def count():
+        asked.append(1)
+        await ask()
+
+    names._ask = count
+    answer = await asyncio.wait_for(served.ask(post({"model": "other", "prompt": "x"})), 10)
+    assert (answer.status, answer.json["error"]["code"], len(asked)) == (404, "model_not_found", 1)

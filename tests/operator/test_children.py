@@ -327,7 +327,7 @@ def test_a_strangers_object_with_the_labels_of_a_child_is_left_alone() -> None:
         ("plain", "plain"),
     ],
 )
-def test_a_refusal_is_told_in_one_line_and_without_both_objects(message: str, said: str) -> None:
+def test_a_refusal_is_one_line_without_both_objects(message: str, said: str) -> None:
     cluster = Cluster()
     cluster.refuse(CACHE_CLAIM, error=ApiError(422, message))
     assert cluster.apply().refused == [f"PersistentVolumeClaim ns/tiny-cache: {said}"]

@@ -55,6 +55,14 @@ def test_the_variation_of_prompts_is_their_variance_over_the_square_of_the_mean(
     assert observe([state("a")], load).prompt_variation == load.prompt_variation
 
 
+@pytest.mark.parametrize("idle_s", [1e3, 1e4, 1.2e4, 2e4, 1e6])
+def test_a_prompt_without_a_token_after_hours_of_silence_has_no_variation(idle_s):
+    load = MeasuredLoad()
+    load.arrived(300, 10.0)
+    load.arrived(0, 10.0 + idle_s)
+    assert load.prompt_variation == 0.0
+
+
 def test_each_part_of_the_step_time_is_that_of_the_engines_which_see_it():
     """A prefill engine decodes nothing: its fit splits a step's time between two terms that it cannot tell apart."""
     prefill = StepTime(base_s=0.011, prefill_s=0.000007, decode_s=0.0, prefill_base_s=0.011)

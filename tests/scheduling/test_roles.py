@@ -92,6 +92,7 @@ def test_the_engine_with_the_fewest_answers_changes_first():
         ({"requests_per_s": 1e6}, RoleReason.NO_GAIN),
         ({"step_time": None}, RoleReason.UNKNOWN),
         ({"requests_per_s": math.nan}, RoleReason.UNKNOWN),
+        ({"prompt_variation": math.inf}, RoleReason.UNKNOWN),
         ({"answer_tokens": -1.0}, RoleReason.UNKNOWN),
         ({"ranks": 0}, RoleReason.UNKNOWN),
     ],

@@ -301,7 +301,7 @@ def _read_number(name: str, value: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgG]?)", value)
     number = 0.0 if match is None else float(match[1]) * _SUFFIXES[match[2]]
     if number < 1:
-        message = f"{name} {value}: the simulation needs a number of tokens, such as 4096 or 32k"
+        message = f"{name} {value}: the simulation needs a number of at least 1, such as 4096 or 32k"
         raise InvalidInput([InputError("spec.engine.args", message)])
     return int(number)
 

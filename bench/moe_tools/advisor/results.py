@@ -111,7 +111,8 @@ def explain(candidate: Candidate, split_share: float, preemptions: int) -> str:
     elif gpus == 1:
         parts = ["a prompt holds up the answers of one GPU, and each GPU reads all experts"]
     else:
-        read = f"1/{gpus} of the experts" if shape.expert else f"1/{shape.tensor} of each expert"
+        # Without expert parallelism vLLM cuts each expert over the GPUs of all ranks.
+        read = f"1/{gpus} of the experts" if shape.expert else f"1/{gpus} of each expert"
         parts = [f"a prompt holds up the answers of {gpus} GPUs, each of which reads {read}"]
     if shape.tensor > 1:
         parts.append(f"{shape.tensor} GPUs compute each prompt together")

@@ -36,6 +36,7 @@ class AnswerHead:
     Attributes:
         status: of the answer; 0 where it has none.
         content_type: of the answer.
+        content_encoding: of the answer; empty for none.
         engine: what the engine's middleware says of its core; empty where nothing.
         served: endpoint that has answered, `IP:PORT`; empty where the proxy does not say.
         details: where the answer comes from, in Envoy's words; empty where the proxy does not say.
@@ -45,6 +46,7 @@ class AnswerHead:
 
     status: int
     content_type: bytes = b""
+    content_encoding: bytes = b""
     engine: bytes = b""
     served: str = ""
     details: str = ""
@@ -81,6 +83,7 @@ def read_answer_head(message: Message) -> AnswerHead:
     return AnswerHead(
         status=int(status) if status.isdigit() and len(status) == 3 else 0,
         content_type=headers.get("content-type", b""),
+        content_encoding=headers.get("content-encoding", b""),
         engine=headers.get(engine_death.NAME.decode(), b""),
         served=_read_served(message) or texts.get(_ADDRESS, ""),
         details=texts.get(_DETAILS, ""),

@@ -101,7 +101,8 @@ class PickedRequest:
         job, self._keys = dispatcher.build_job(parsed, session, tenant)
         self.job: Job = job if servers is None else job._replace(servers=servers)
         self._account = AnswerAccount(route, request, context)
-        self._beginning = AnswerBeginning()
+        # The proxy says which part of an answer is the last.
+        self._beginning = AnswerBeginning(shows_end=True)
         self._last_s = request.arrived_s
         self._in_flight: InFlightRequest | None = None
         # Status of an answer whose body does not pass here: it is over when the proxy ends the request.
@@ -204,7 +205,8 @@ class PickedRequest:
         self._last_s = self._context.clock()
         status = head.status
         lines = (status, head.content_type, engine_death.NAME, head.engine)
-        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n%b: %b\r\n\r\n" % lines
+        encoding = b"content-encoding: %b\r\n" % head.content_encoding if head.content_encoding else b""
+        self._beginning.received = b"HTTP/1.1 %d \r\ncontent-type: %b\r\n%b: %b\r\n%b\r\n" % (*lines, encoding)
         self._beginning.status = status
         if self._in_flight is None:
             return

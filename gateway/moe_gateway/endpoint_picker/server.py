@@ -12,7 +12,7 @@ from moe_contract.addresses import authority, present_host
 from moe_gateway.endpoint_picker import wire
 from moe_gateway.endpoint_picker.admission import PickerParts
 from moe_gateway.endpoint_picker.certificate import make_certificate
-from moe_gateway.endpoint_picker.stream import SilentRequest, Stream
+from moe_gateway.endpoint_picker.stream import AbortedStream, SilentRequest, Stream
 
 LIVENESS = "liveness"
 READINESS = ("", "readiness", wire.SERVICE)
@@ -97,6 +97,8 @@ class EndpointPicker:
             await Stream(self._parts).run(messages, context.write)
         except SilentRequest:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing moved for the idle timeout")
+        except AbortedStream:
+            await context.abort(grpc.StatusCode.INTERNAL, "the gateway failed to check the request")
         except (asyncio.CancelledError, grpc.aio.UsageError):
             # The proxy has ended the stream.
             raise

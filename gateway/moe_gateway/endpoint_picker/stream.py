@@ -73,6 +73,10 @@ class SilentRequest(Exception):
     """Neither the engine nor the client has moved anything for long; the proxy has to end the request."""
 
 
+class AbortedStream(Exception):
+    """The gateway has given a request up by a fault of its own; the proxy has to end it."""
+
+
 class Stream:
     """The exchange of messages about one request.
 
@@ -86,13 +90,14 @@ class Stream:
         self._pieces: list[bytes] = []
         self._length = 0
         self._picked: PickedRequest | None = None
-        self._refused = False
+        self._refused = self._is_aborted = False
         self._task: asyncio.Task[None] | None = None
 
     async def run(self, messages: AsyncIterator[Message], write: Callable[[Message], Awaitable[None]]) -> None:
         """Writes the replies to the messages of a proxy; ends with them, or after an answer at once.
 
         Raises:
+            AbortedStream: `abort` was called.
             SilentRequest: nothing has moved for the idle timeout.
         """
         incoming, self._task = ReadAhead(messages), asyncio.current_task()
@@ -101,10 +106,11 @@ class Stream:
                 for reply in await self._reply(message, incoming):
                     await write(reply)
         except asyncio.CancelledError:
-            if self._task is None or self._picked is None or not self._picked.is_silent:
+            if self._task is None or not self._is_aborted:
                 raise
             self._task.uncancel()
-            raise SilentRequest from None
+            is_silent = self._picked is not None and self._picked.is_silent
+            raise (SilentRequest if is_silent else AbortedStream) from None
         finally:
             incoming.close()
             self._end()
@@ -118,6 +124,7 @@ class Stream:
     def abort(self) -> None:
         """Ends the stream before its answer is whole."""
         if self._task is not None:
+            self._is_aborted = True
             self._task.cancel()
 
     def _end(self) -> None:

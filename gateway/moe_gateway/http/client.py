@@ -334,7 +334,7 @@ class ClientConnection(asyncio.Protocol):
         elif refused is not None:
             self._reply_error(request, route, RequestOutcome.BAD_REQUEST, str(refused), param=refused.param)
         else:
-            self._dispatch_parsed(request, route, parsed)
+            self._dispatch_parsed(request, route, parsed, may_ask=False)
         self._serve_next()
 
     def _refuse_pending(self, request: ClientRequest, route: Route, outcome: RequestOutcome, message: str) -> None:
@@ -344,11 +344,11 @@ class ClientConnection(asyncio.Protocol):
         if outcome is not RequestOutcome.GATEWAY_ENDED:
             self._serve_next()
 
-    def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed) -> None:
+    def _dispatch_parsed(self, request: ClientRequest, route: Route, parsed: Parsed, *, may_ask: bool = True) -> None:
         if not request.is_plain:
             parsed = read_priority(request, route, parsed)
         if parsed.model is not None and is_unknown(self._context, parsed):
-            if (names := self._context.names) is not None and names.may_help:
+            if may_ask and (names := self._context.names) is not None and names.may_help:
                 self._begin_reading(request, route, parsed)
             else:
                 self._reply_unknown_model(request, route, parsed.model)

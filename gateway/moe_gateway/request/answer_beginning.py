@@ -28,6 +28,9 @@ LONGEST_ERROR_BYTES = 64 * 1024
 class AnswerBeginning:
     """Bytes of an answer that are kept back.
 
+    Args:
+        shows_end: whether the end of its body shows whatever its head says.
+
     Attributes:
         received: all bytes so far that have not passed, its head included.
         head: its head in lower case; empty before it is whole.
@@ -51,10 +54,11 @@ class AnswerBeginning:
         "status",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, shows_end: bool = False) -> None:
         self.received = self.head = self.comments = self._events = b""
         self.status = self.error_status = 0
-        self.is_chunked = self.is_events = self.is_framed = False
+        self.is_framed = shows_end
+        self.is_chunked = self.is_events = False
 
     def read(self, data: bytes, status: int, *, computes: bool, complete: bool) -> AnswerPart:
         """Takes more bytes of an answer whose head is whole, and returns what it shows so far.
@@ -96,7 +100,7 @@ class AnswerBeginning:
         self.head = head = received[: received.index(b"\r\n\r\n") + 4].lower()
         self.status = status
         self.is_chunked = b"\r\ntransfer-encoding:" in head
-        self.is_framed = self.is_chunked or b"\r\ncontent-length:" in head
+        self.is_framed |= self.is_chunked or b"\r\ncontent-length:" in head
         self.is_events = status == 200 and computes and b"text/event-stream" in head
         if self.is_events and b"\r\ncontent-encoding:" in head:
             # A proxy that was not asked for it has compressed it: it cannot be read.

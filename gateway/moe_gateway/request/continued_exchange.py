@@ -17,6 +17,7 @@ from moe_scheduling.signals import Target
 from moe_gateway.continuation.resend import is_limited
 from moe_gateway.continuation.stream import Continuation, StreamFailure
 from moe_gateway.continuation.ways import Way, shows_parser
+from moe_gateway.engines.failed_attempts import report_failure
 from moe_gateway.engines.same_model import SameModel, identify_model
 from moe_gateway.engines.target_states import STALL_S
 from moe_gateway.http.bodies import Body
@@ -133,7 +134,8 @@ class ContinuedExchange(SplitExchange):
             return
         # The engine failed after the last token, of which only the end of the stream was missing.
         assert self._in_flight is not None
-        self._context.dispatcher.fail(self._in_flight.target, self._context.clock())
+        context = self._context
+        report_failure(context.dispatcher, self._in_flight.target, failure, context.clock(), is_answering=True)
         self._answer.pass_on(ending)
         self._end(self._account.error_status or self._beginning.status)
         self._answer.finish(keep_alive=self._answer.keeps_alive)

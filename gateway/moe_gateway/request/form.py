@@ -11,18 +11,27 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from moe_gateway.request.json_body import read_flag
 from moe_gateway.request.parsing import BadBody, Parsed, refuse_transfer
-from moe_gateway.request.unusual_fields import XARGS, find_form_transfer_field
+from moe_gateway.request.unusual_fields import find_form_transfer_field
 
 # Whisper makes 1,500 positions of 30 seconds.
 TOKENS_PER_S = 50
 # Bytes of a second of compressed sound, at the usual 128 kbit/s; its real length would have to be decoded.
 COMPRESSED_BYTES_PER_S = 16_000
 LONGEST_FIELD_BYTES = 64 * 1024
+# Of a form, by the names that clients give them. vLLM reads names and values in any that Python knows, also in some in
+# which a name has other bytes, or that take long.
+_CHARSETS = {
+    **dict.fromkeys(("utf-8", "utf8"), "utf-8"),
+    **dict.fromkeys(("us-ascii", "ascii"), "ascii"),
+    **dict.fromkeys(("iso-8859-1", "latin-1", "latin1"), "latin-1"),
+}
 _FILE = "file"
 
 
 class _Fields:
     """Collects the fields of a form; of a file its length and its first bytes.
+
+    It reads them as the engine does: of two fields of one name the last counts, and so does the last name of a field.
 
     Attributes:
         values: texts by the name of their field.
@@ -35,10 +44,10 @@ class _Fields:
         self.file_head = b""
         self.file_bytes: int | None = None
         self._name = ""
-        self._header = self._value = b""
+        self._disposition = self._header = self._value = b""
 
     def on_part_begin(self) -> None:
-        self._name = ""
+        self._disposition = b""
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -48,14 +57,16 @@ class _Fields:
 
     def on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
-            _, options = parse_options_header(self._value)
-            self._name = options.get(b"name", b"").decode("utf-8", "replace")
-            if self._name == _FILE:
-                self.file_bytes, self.file_head = 0, b""
-            elif self._name != XARGS:
-                # Of two fields of one name the engine takes the last.
-                self.values.pop(self._name, None)
+            self._disposition = self._value
         self._header = self._value = b""
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("latin-1")
+        if self._name == _FILE:
+            self.file_bytes, self.file_head = 0, b""
+        else:
+            self.values.pop(self._name, None)
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == _FILE:
@@ -76,12 +87,12 @@ def parse_form(headers: bytes, body: bytes) -> Parsed:
     Raises:
         BadBody: it is not a form, or has a field that the gateway alone may set.
     """
-    fields = _read_fields(_read_boundary(headers), body)
-    refuse_transfer(find_form_transfer_field(fields.values))
-    model = fields.values.get("model", b"").decode("utf-8", "replace")
-    stream = read_flag(fields.values.get("stream", b"").decode("latin-1"))
+    boundary, charset = _read_type(headers)
+    fields = _read_fields(boundary, body)
+    values = {name: _decode(value, charset) for name, value in fields.values.items()}
+    refuse_transfer(find_form_transfer_field(values))
     seconds = 0.0 if fields.file_bytes is None else audio_s(fields.file_head, fields.file_bytes)
-    prompt = fields.values.get("prompt", b"")
+    model, stream, prompt = values.get("model"), read_flag(values.get("stream", "")), fields.values.get("prompt", b"")
     tokens = math.ceil(seconds * TOKENS_PER_S) + len(prompt) // 4
     return Parsed(model or None, stream, 0, None, b"", tokens)
 
@@ -116,14 +127,26 @@ def _read_rate(head: bytes, at: int) -> float:
     return float(rate * channels * bits / 8) or COMPRESSED_BYTES_PER_S
 
 
-def _read_boundary(headers: bytes) -> bytes:
+def _read_type(headers: bytes) -> tuple[bytes, str]:
+    """The boundary and the charset of a form."""
     lines = (line.partition(b":") for line in headers.split(b"\r\n"))
     content_type = next((value.strip() for name, _, value in lines if name.lower() == b"content-type"), b"")
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
         raise BadBody("the body must be multipart/form-data with a boundary")
-    return boundary
+    charset = _CHARSETS.get(options.get(b"charset", b"utf-8").decode("latin-1").lower())
+    if charset is None:
+        raise BadBody("the charset of a form must be utf-8")
+    return boundary, charset
+
+
+def _decode(text: bytes, charset: str) -> str:
+    """A value as vLLM's server reads it."""
+    try:
+        return text.decode(charset)
+    except UnicodeDecodeError:
+        return text.decode("latin-1")
 
 
 def _read_fields(boundary: bytes, body: bytes) -> _Fields:
@@ -136,6 +159,7 @@ def _read_fields(boundary: bytes, body: bytes) -> _Fields:
                 "on_header_field": fields.on_header_field,
                 "on_header_value": fields.on_header_value,
                 "on_header_end": fields.on_header_end,
+                "on_headers_finished": fields.on_headers_finished,
                 "on_part_data": fields.on_part_data,
             },
         )

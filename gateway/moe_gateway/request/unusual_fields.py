@@ -16,7 +16,7 @@ from moe_gateway.http.routes import Route
 from moe_gateway.request.json_body import load_json
 
 TRANSFERS = ("kv_transfer_params", "ec_transfer_params")
-XARGS = "vllm_xargs"
+_XARGS = "vllm_xargs"
 # A prompt that depends on the tokens left for its answer, has no token ids, or stands in an engine's memory.
 _OTHER_PROMPTS = frozenset(
     {"truncate_prompt_tokens", "prompt_embeds", "previous_response_id", "previous_input_messages"}
@@ -35,7 +35,7 @@ _FREE_TOOLS = (None, "auto", "none")
 # Of responses alone: what one engine keeps, or does in several turns.
 _OF_RESPONSES = frozenset({"background", "request_id", "truncation", "tools"})
 
-UNUSUAL = frozenset({*TRANSFERS, XARGS, "sampling_params", "tool_choice", *_OTHER_PROMPTS, *_NEUTRAL, *_OF_RESPONSES})
+UNUSUAL = frozenset({*TRANSFERS, _XARGS, "sampling_params", "tool_choice", *_OTHER_PROMPTS, *_NEUTRAL, *_OF_RESPONSES})
 
 
 def find_transfer_field(document: Mapping[str, Any]) -> str | None:
@@ -43,7 +43,7 @@ def find_transfer_field(document: Mapping[str, Any]) -> str | None:
     sampling = document.get("sampling_params")
     places: dict[str, object] = {
         "": document,
-        f"{XARGS}.": document.get(XARGS),
+        f"{_XARGS}.": document.get(_XARGS),
         "sampling_params.extra_args.": sampling.get("extra_args") if isinstance(sampling, dict) else None,
     }
     for path, fields in places.items():
@@ -53,15 +53,15 @@ def find_transfer_field(document: Mapping[str, Any]) -> str | None:
     return None
 
 
-def find_form_transfer_field(values: Mapping[str, bytes]) -> str | None:
+def find_form_transfer_field(values: Mapping[str, str]) -> str | None:
     """Returns the same for the fields of a form, in which `vllm_xargs` is JSON; that field itself where it is none."""
-    if (name := next((name for name in TRANSFERS if name in values), None)) is not None or XARGS not in values:
+    if (name := next((name for name in TRANSFERS if name in values), None)) is not None or _XARGS not in values:
         return name
     try:
-        return find_transfer_field({XARGS: load_json(values[XARGS])})
+        return find_transfer_field({_XARGS: load_json(values[_XARGS].encode("utf-8", "surrogatepass"))})
     except ValueError:
-        # Of two such fields the engine takes one, and of a long one only the beginning is known here.
-        return XARGS
+        # Of a long one only the beginning is known here.
+        return _XARGS
 
 
 def stays_whole(route: Route, document: Mapping[str, Any]) -> bool:

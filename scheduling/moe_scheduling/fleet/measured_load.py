@@ -18,6 +18,8 @@ from moe_scheduling.signals import StepTime
 _MEMORY_S = 30.0
 # Weight of one answer in the mean length of answers.
 _ANSWER_WEIGHT = 0.02
+# Of prompts with hardly a token each the mean says nothing.
+_LEAST_MEAN = 0.5
 # A sender's part of the traffic counts as at least this.
 _LEAST_SHARE = 0.01
 
@@ -67,7 +69,9 @@ class MeasuredLoad:
     @property
     def prompt_variation(self) -> float:
         """Variance of the tokens of the recent prompts over the square of their mean."""
-        return max(0.0, self._squares * self._count / self._tokens**2 - 1.0) if self._tokens else 0.0
+        mean = self.prompt_tokens
+        # After hours without a request the sums of those before are next to nothing, and so is the square of a mean.
+        return max(0.0, self._squares / self._count / mean**2 - 1.0) if mean >= _LEAST_MEAN else 0.0
 
     @property
     def measured_s(self) -> float | None:
@@ -123,9 +127,10 @@ def _step_time(states: Sequence[TargetState], roles: Mapping[str, EngineRole]) -
     Prefill engines decode nothing, and the others compute few prompts: each has the terms that it does not see from
     hardly any steps, or none. So with both there are, the time of steps with prompts is that of the prefill engines.
     """
-    apart = [state for state in states if roles.get(state.target.server) is EngineRole.PREFILL]
-    prefill = mean_step_time(state.step_time_model for state in apart)
-    decode = mean_step_time(state.step_time_model for state in states if state not in apart)
+    models: dict[bool, list[StepTime | None]] = {True: [], False: []}
+    for state in states:
+        models[roles.get(state.target.server) is EngineRole.PREFILL].append(state.step_time_model)
+    prefill, decode = mean_step_time(models[True]), mean_step_time(models[False])
     if prefill is None or decode is None:
         return prefill or decode
     prompt_s = prefill.base_s + prefill.prefill_base_s

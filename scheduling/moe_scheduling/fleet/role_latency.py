@@ -17,14 +17,14 @@ begins a transfer and `STEPS_TO_FIRST_TOKEN` steps later.
 
 Prompts that no step has room for wait in a queue, the longer the more their lengths differ (`_queue_s`).
 
-On step times of a measured GPU this came within 28 % of simulated TTFT and 35 % of the time between tokens
-(docs/adr/0053-a-step-has-a-least-time-with-prompts-and-answers-share-experts.md).
+On step times of a measured GPU this came within 32 % of simulated TTFT and 44 % of the time between tokens
+(docs/adr/0054-what-a-prefill-engine-does-not-see.md).
 
 Invariants: pure; all results are at least 0, and infinite where the engines are full; a wait is finite.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -100,19 +100,31 @@ def predict_costs_s(observation: RoleObservation, ttft_growth: float) -> list[fl
         ttft_growth: part by which prefill engines may lengthen the TTFT.
     """
     latest_s = (1.0 + ttft_growth) * _predict(observation, 0, 0.0).whole_s
+    counts: Sequence[int] = range(len(observation.servers))
+    serving = counts
 
-    def at(part: float) -> list[float]:
+    def predict(part: float, counts: Iterable[int]) -> list[float]:
         load = _part_of(observation, part)
-        return [_predict_cost_s(load, count, ttft_growth, latest_s) for count in range(len(observation.servers))]
+        without_s = _find_whole_s(load)
+        return [_predict_cost_s(load, count, ttft_growth, latest_s, without_s) for count in counts]
 
-    costs_s = at(1.0)
+    def is_served(part: float) -> bool:
+        # A number that cannot serve a load serves no greater one.
+        nonlocal serving
+        found = [count for count, cost_s in zip(serving, predict(part, serving), strict=True) if cost_s < math.inf]
+        serving = found or serving
+        return bool(found)
+
+    costs_s = predict(1.0, counts)
     if min(costs_s, default=0.0) < math.inf:
         return costs_s
-    return at(_MOST_LOAD * _find_most(lambda part: min(at(part)) < math.inf, 1.0))
+    return predict(_MOST_LOAD * _bisect(is_served, 1.0), counts)
 
 
-def _predict_cost_s(observation: RoleObservation, prefilling: int, ttft_growth: float, latest_s: float) -> float:
-    ttft_s, inter_token_s = predict_latency_s(observation, prefilling, ttft_growth)
+def _predict_cost_s(
+    observation: RoleObservation, prefilling: int, ttft_growth: float, latest_s: float, without_s: float
+) -> float:
+    ttft_s, inter_token_s = _predict_latency_s(observation, prefilling, ttft_growth, without_s)
     if ttft_s == math.inf or ttft_s > latest_s:
         return math.inf
     return ttft_s + observation.answer_tokens * inter_token_s
@@ -126,7 +138,14 @@ def predict_latency_s(observation: RoleObservation, prefilling: int, ttft_growth
         prefilling: engines that compute prompts alone, fewer than all.
         ttft_growth: part by which prefill engines may lengthen the TTFT.
     """
-    apart = _find_part_apart(observation, prefilling, ttft_growth) if prefilling else 0.0
+    return _predict_latency_s(observation, prefilling, ttft_growth, _find_whole_s(observation) if prefilling else 0.0)
+
+
+def _predict_latency_s(
+    observation: RoleObservation, prefilling: int, ttft_growth: float, without_s: float
+) -> tuple[float, float]:
+    """Returns the same; `without_s` is the result of `_find_whole_s`, of which one serves for each number."""
+    apart = _find_part_apart(observation, prefilling, ttft_growth, without_s) if prefilling else 0.0
     whole_s, prefill_s, inter_token_s = _predict(observation, prefilling, apart)
     if inter_token_s == math.inf:
         return math.inf, math.inf
@@ -174,8 +193,11 @@ def _part_of(observation: RoleObservation, part: float) -> RoleObservation:
 
 def _find_most(is_kept: Callable[[float], bool], most: float) -> float:
     """Returns the greatest part up to `most` that keeps a condition, which all below it keep; or 0."""
-    if is_kept(most):
-        return most
+    return most if is_kept(most) else _bisect(is_kept, most)
+
+
+def _bisect(is_kept: Callable[[float], bool], most: float) -> float:
+    """Returns the same where `most` does not keep it."""
     least = 0.0
     for _ in range(_ROUNDS_OF_PART):
         part = (least + most) / 2
@@ -183,12 +205,12 @@ def _find_most(is_kept: Callable[[float], bool], most: float) -> float:
     return least
 
 
-def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float) -> float:
+def _find_part_apart(observation: RoleObservation, prefilling: int, ttft_growth: float, without_s: float) -> float:
     """Returns the part of the prompts that go to prefill engines, as many as have their first token in time.
 
     In time is within `1 + ttft_growth` times what it takes at the other engines, or would without prefill engines.
     """
-    without_s, after_s = _find_whole_s(observation), _after_prefill_s(observation, prefilling)
+    after_s = _after_prefill_s(observation, prefilling)
 
     def is_in_time(part: float) -> bool:
         whole_s, prefill_s, _ = _predict(observation, prefilling, part)

